@@ -1,0 +1,338 @@
+"""The words that core and plugins share: what a component registers, what it is given and what it returns; imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from saehub.checkpoint.sae import SAE
+    from saehub.data.model import ModelHandle
+    from saehub.data.tokens import TokenDataset
+
+API_VERSION = 1
+KINDS = ("extractor", "trainer", "evaluator", "exporter")
+NEEDS = frozenset({"activations", "tokens", "sequences", "model", "several_saes"})
+
+
+@dataclass(frozen=True)
+class Component:
+    """One thing a plugin offers: registered as data, loaded only when a stage runs it."""
+
+    name: str
+    """Name within the plugin; the address in a recipe is `plugin/name`."""
+    target: str
+    """`"package.module:Class"`; called as `Class(config)`."""
+    config: str | None = None
+    """`"package.config:Dataclass"`, a frozen, torch-free dataclass that validates `with:`; None: the component takes no settings."""
+    requires: tuple[str, ...] = ()
+    """Import names of third-party libraries. Not empty: the component runs in a worker process of its plugin's own."""
+    extra: str | None = None
+    """The extra that installs `requires`: `pip install 'saehub[extra]'`."""
+    summary: str = ""
+    """One line for `saehub plugins ls`."""
+    needs: tuple[str, ...] = ()
+    """What it must be given, out of `NEEDS`; checked at plan."""
+    env: tuple[tuple[str, str], ...] = ()
+    """Environment variables the worker sets before it imports anything."""
+    cache_version: int = 1
+    """Raise it when the same settings would give other results: it enters the stage key."""
+    api: int = API_VERSION
+    """The API version it was written for."""
+
+
+@dataclass(frozen=True)
+class ArchitectureEntry:
+    """An architecture of a plugin: how its SAEs are loaded (built-in ones use the same entry)."""
+
+    name: str
+    """The word in `saehub.json`, such as `topk`."""
+    target: str
+    """`"package.module:Class"`, a subclass of `saehub.SAE`."""
+    summary: str = ""
+    """One line: the equation."""
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Which language model, and how it is run."""
+
+    name: str
+    """`builtin/tiny-llama`, a Hugging Face id, or a local directory."""
+    revision: str | None = None
+    """Hub revision; None means `main`, recorded as the commit that it resolved to."""
+    dtype: str = "float32"
+    """Weights and activations of the model: float32, bfloat16 or float16."""
+    device: str = "auto"
+    """`auto` (cuda, then mps, then cpu), or a torch device name."""
+    attention: str = "sdpa"
+    """Attention implementation, `sdpa` or `eager`: numerics differ in the last bits, so it enters the stage key."""
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes of a transformer, as far as a plan needs them; read from config.json or declared in a recipe."""
+
+    family: str
+    """`llama` (Llama, Gemma, Qwen, Mistral), `gpt2`, `gpt_neox`, or `other`."""
+    n_layers: int
+    """Transformer blocks."""
+    d_model: int
+    """Residual width."""
+    d_mlp: int
+    """Width of the MLP's hidden layer."""
+    n_heads: int
+    """Attention heads."""
+    d_head: int
+    """Width of one head (`attn_z` has n_heads * d_head)."""
+    vocab: int
+    """Vocabulary size."""
+    context: int
+    """Longest sequence the model accepts."""
+
+
+@dataclass
+class Rows:
+    """The activation rows of one language-model batch, in sequence order, before exclusion (n = sequences * context)."""
+
+    acts: dict[str, Tensor]
+    """site -> [n, d] in the model's dtype."""
+    keep_N: Tensor
+    """bool [n]; False on excluded rows (BOS, padding, the user's list)."""
+    token_ids_N: Tensor | None = None
+    """int64 [n]; None where the source has no tokens."""
+    positions_N: Tensor | None = None
+    """int64 [n], position within the sequence."""
+    sequences_N: Tensor | None = None
+    """int64 [n], index of the sequence in its dataset."""
+
+
+class ExtractorSession(Protocol):
+    """An open extractor: batch `i` is a pure function of `i`."""
+
+    widths: dict[str, int]
+    """site -> d."""
+    n_batches: int
+    """Language-model batches available (one epoch)."""
+
+    def rows(self, batch: int) -> Rows:
+        """The rows of language-model batch `batch` (0-based), all sites from one forward pass."""
+        ...
+
+    def kept(self, batch: int) -> int:
+        """How many rows of that batch survive exclusion, without running the model."""
+        ...
+
+    def close(self) -> None:
+        """Release hooks, files and memory."""
+        ...
+
+
+class Extractor(Protocol):
+    """Turns a model and tokens into activation rows."""
+
+    def __init__(self, config: Any): ...
+
+    def open(self, model: ModelHandle | None, tokens: TokenDataset | None, sites: Sequence[str], *, lm_batch: int) -> ExtractorSession:
+        """Start reading `sites` (canonical strings such as `resid_post.2`) with `lm_batch` sequences a forward pass."""
+        ...
+
+
+@dataclass(frozen=True)
+class Job:
+    """One SAE to train: everything a trainer may know, torch-free so that a plan can check it."""
+
+    id: str
+    """Unique in the recipe; all randomness derives from it and `seed`."""
+    site: str
+    """Input site."""
+    target_site: str | None
+    """Output site of a transcoder; None for an autoencoder."""
+    d_in: int
+    """Input width."""
+    d_out: int
+    """Output width (= d_in for an autoencoder)."""
+    steps: int
+    """Optimizer steps: rows // batch, fixed before work starts."""
+    batch: int
+    """Rows a step."""
+    rows: int
+    """Rows the stream delivers."""
+    seed: int
+    """From the recipe."""
+    device: str = "cpu"
+    """Torch device of the parameters (runtime, not in the key)."""
+    init_from: str | None = None
+    """Checkpoint directory to warm-start from."""
+
+
+class TrainerSession(Protocol):
+    """One SAE being trained; the hub feeds it batches and can stop and restore it between any two of them."""
+
+    def step(self, x_BD: Tensor, y_BD: Tensor | None = None) -> None:
+        """One optimizer step on float32 rows [batch, d_in] (targets [batch, d_out] for a transcoder). Must not change its inputs."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """Of the last step: at least `loss`; `fvu`, `l0`, `dead` (share), `lr` where known."""
+        ...
+
+    def state(self) -> tuple[dict[str, Tensor], dict]:
+        """Everything that `load_state` needs to go on bit-identically: tensors, and JSON-able data."""
+        ...
+
+    def load_state(self, tensors: dict[str, Tensor], data: dict) -> None:
+        """Continue from what `state` returned."""
+        ...
+
+    def finish(self) -> SAE:
+        """The trained SAE, in the units of the rows it was given; float32."""
+        ...
+
+
+class Calibration(Protocol):
+    """Rows apart from the training rows, for norms, `b_dec` and thresholds."""
+
+    def __call__(self, n: int) -> tuple[Tensor, Tensor | None]:
+        """The first `n` calibration rows (x_ND, y_ND or None), float32, already normalised; an error that says how many exist."""
+        ...
+
+
+class Trainer(Protocol):
+    """Trains SAEs on the hub's stream.
+
+    Its config dataclass has `batch: int` and may have torch-free methods, used at plan: `check(job) -> Iterable[str]` (problems; empty
+    when it can do the job), `d_sae(job) -> int`, `architecture() -> str`, `memory(job) -> int` (bytes).
+    """
+
+    def __init__(self, config: Any): ...
+
+    def open(self, job: Job, calibration: Calibration) -> TrainerSession:
+        """Initialise one SAE."""
+        ...
+
+
+@dataclass
+class Subject:
+    """One SAE under evaluation."""
+
+    id: str
+    sae: SAE
+    path: Path
+    site: str
+    target_site: str | None
+    hash: str
+    """SHA-256 over the tensors' hashes."""
+
+
+@dataclass
+class EvalDataset:
+    """One dataset of the recipe's `data.eval`."""
+
+    name: str
+    """`in_sample`, `out_of_sample`, or the user's word."""
+    tokens: TokenDataset
+    hash: str
+    """SHA-256 of the token ids."""
+
+
+@dataclass
+class EvalContext:
+    """What an evaluator is given."""
+
+    subjects: list[Subject]
+    model: ModelHandle | None
+    datasets: dict[str, EvalDataset]
+    seed: int
+    device: str
+    work_dir: Path
+    """A private folder for scratch files."""
+    lm_batch: int = 32
+    emit: Callable[[dict], None] = lambda event: None
+    """Progress: `emit({"progress": 0.4, "text": "…"})`."""
+    rows: Callable[[EvalDataset, Sequence[str]], Iterator[Rows]] | None = None
+    """The recipe's extractor over a dataset: `rows(dataset, sites)` yields one `Rows` a language-model batch."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One number with everything needed to believe it."""
+
+    metric: str
+    """Such as `fvu`."""
+    value: float | None
+    """None when `status` is not `ok`."""
+    subjects: tuple[str, ...]
+    """Ids of the SAEs (one, but for metrics that compare SAEs)."""
+    evaluator: str
+    """`plugin/name`."""
+    definition: str
+    """Id of the definition, such as `saehub.fvu/1`; the same id always means the same formula."""
+    subject_hashes: tuple[str, ...] = ()
+    site: str | None = None
+    dataset: str | None = None
+    dataset_hash: str | None = None
+    stderr: float | None = None
+    ci_low: float | None = None
+    ci_high: float | None = None
+    n: int | None = None
+    unit_of_n: str = "sequences"
+    better: Literal["higher", "lower", "none"] = "none"
+    version: str = ""
+    """Version of the evaluator's distribution."""
+    seed: int | None = None
+    status: Literal["ok", "failed", "not_measured"] = "ok"
+    reason: str | None = None
+    """Why it failed or was not measured."""
+    note: str | None = None
+    """A caveat that must be shown with the number."""
+    parts: Mapping[str, Any] = field(default_factory=dict)
+    """Per-sequence numerators and denominators (lists), histograms: for paired comparisons, not for the table."""
+
+    def to_json(self) -> dict:
+        """Plain data; NaN and infinities become None with status `failed`."""
+        data = asdict(self)
+        for name in ("value", "stderr", "ci_low", "ci_high"):
+            number = data[name]
+            if number is not None and not (abs(number) < float("inf")):
+                data[name] = None
+                if name == "value":
+                    data["status"], data["reason"] = "failed", data["reason"] or f"the value is {number}"
+        return data
+
+
+class Evaluator(Protocol):
+    """Measures SAEs; rows it cannot measure come back as `not_measured` with a reason, never left out silently."""
+
+    def __init__(self, config: Any): ...
+
+    def evaluate(self, context: EvalContext) -> Iterable[Measurement]:
+        """All measurements for `context.subjects`."""
+        ...
+
+
+@runtime_checkable
+class Exporter(Protocol):
+    """A codec for another library's checkpoint folder."""
+
+    def __init__(self, config: Any): ...
+
+    def sniff(self, path: Path) -> bool:
+        """Whether `path` is this format; cheap, never raises on foreign files."""
+        ...
+
+    def read(self, path: Path) -> SAE:
+        """The SAE, bit-exact in the stored tensors."""
+        ...
+
+    def write(self, sae: SAE, path: Path) -> Mapping[str, Any]:
+        """Write a folder; returns notes: `{"folded": […], "dropped": […], "bit_exact": [tensor names]}`. Refuses what it cannot say."""
+        ...
+
+    def run(self, path: Path, x_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """Features [n, d_sae] and reconstruction [n, d_out] of float32 rows, computed with the target library's own code."""
+        ...
