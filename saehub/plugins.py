@@ -1,0 +1,286 @@
+"""Installed entry points in; a catalogue of components, architectures and recipes out, in which one broken plugin is one red row."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from importlib import metadata, util
+from pathlib import Path
+from typing import Any
+
+from saehub.api import API_VERSION, KINDS, NEEDS, ArchitectureEntry, Component
+from saehub.errors import MissingDependency, SaehubError, StageFailed, UsageError, did_you_mean
+
+GROUP = "saehub.plugins"
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A component (or architecture) and who provides it."""
+
+    kind: str
+    component: Component | ArchitectureEntry
+    plugin: str
+    distribution: str
+    version: str
+
+    @property
+    def entry(self) -> Component | ArchitectureEntry:
+        """The registration itself."""
+        return self.component
+
+    @property
+    def name(self) -> str:
+        """The name within the plugin."""
+        return self.component.name
+
+    @property
+    def address(self) -> str:
+        """`plugin/name`."""
+        return f"{self.plugin}/{self.component.name}"
+
+    def load(self) -> Any:
+        """The class behind `target`; a library that is missing or fails to import is an error that says so."""
+        return _load(self.component.target, self.address)
+
+    def load_config(self) -> type | None:
+        """The config dataclass, or None."""
+        return _load(self.component.config, self.address) if self.component.config else None
+
+    def library_versions(self) -> dict[str, str]:
+        """Version of the plugin's own distribution and of those that hold the `requires` modules (absent ones left out)."""
+        versions = {self.distribution: self.version}
+        for module in getattr(self.component, "requires", ()):
+            for distribution in _distributions_of(module):
+                versions[distribution] = metadata.version(distribution)
+        return versions
+
+
+@lru_cache(maxsize=1)
+def _packages() -> dict[str, list[str]]:
+    return dict(metadata.packages_distributions())
+
+
+def _distributions_of(module: str) -> list[str]:
+    return sorted(set(_packages().get(module.partition(".")[0], ())))
+
+
+def _load(target: str, address: str) -> Any:
+    module_name, _, attribute = target.partition(":")
+    try:
+        value = importlib.import_module(module_name)
+        for part in attribute.split("."):
+            value = getattr(value, part)
+    except SaehubError:
+        raise
+    except ModuleNotFoundError as error:
+        raise MissingDependency(
+            f"{address} needs the module {error.name!r}, which is not installed", where=target, fix=f"pip install {error.name}"
+        ) from error
+    except (Exception, SystemExit) as error:
+        raise StageFailed(
+            f"{address} could not be loaded", where=target, why=f"{type(error).__name__}: {error}", fix="saehub plugins ls --trace"
+        ) from error
+    return value
+
+
+@dataclass
+class PluginRow:
+    """One line of `saehub plugins ls`."""
+
+    plugin: str
+    distribution: str
+    version: str
+    status: str = "ok"
+    """`ok`, `broken` or `disabled`."""
+    error: str | None = None
+    trace: str | None = None
+    components: list[Registered] = field(default_factory=list)
+    architectures: list[Registered] = field(default_factory=list)
+    recipes: list[Path] = field(default_factory=list)
+
+
+class Catalog:
+    """What all plugins offer. Built once; asking it never imports a component's target."""
+
+    def __init__(self, rows: Iterable[PluginRow]):
+        self._rows = list(rows)
+
+    def rows(self) -> list[PluginRow]:
+        """One row a plugin, broken and disabled ones included."""
+        return list(self._rows)
+
+    def components(self, kind: str) -> dict[str, Registered]:
+        """`{"native/topk": Registered, …}` of one kind, sorted by address."""
+        if kind not in KINDS:
+            raise UsageError(f"there is no component kind {kind!r}{did_you_mean(kind, KINDS)}", fix=f"one of {', '.join(KINDS)}")
+        found = {item.address: item for row in self._rows for item in row.components if item.kind == kind}
+        return dict(sorted(found.items()))
+
+    def find(self, kind: str, name: str) -> Registered:
+        """By `plugin/name`, or by bare name while one plugin provides it; else a UsageError that lists the choices."""
+        known = self.components(kind)
+        if name in known:
+            return known[name]
+        by_bare = [item for item in known.values() if item.name == name]
+        if len(by_bare) == 1:
+            return by_bare[0]
+        if by_bare:
+            raise UsageError(
+                f"{kind} {name!r} is provided by {len(by_bare)} plugins", fix=f"write one of: {', '.join(item.address for item in by_bare)}"
+            )
+        hint = did_you_mean(name, [*known, *(item.name for item in known.values())])
+        broken = [row.plugin for row in self._rows if row.status == "broken"]
+        why = f"broken plugins that might have provided it: {', '.join(broken)} (saehub plugins ls --trace)" if broken else None
+        raise UsageError(
+            f"no {kind} is called {name!r}{hint}",
+            why=why,
+            fix=f"installed {kind}s: {', '.join(known) or 'none'}",
+        )
+
+    def architectures(self) -> dict[str, Registered]:
+        """Architectures that plugins register, by name (the first in plugin order; a second one is an error row)."""
+        return {item.name: item for row in reversed(self._rows) for item in row.architectures}
+
+    def recipes(self) -> dict[str, Path]:
+        """Recipes that plugins ship: `{"plugin/name": file}`."""
+        return {f"{row.plugin}/{path.stem}": path for row in self._rows for path in row.recipes}
+
+    def missing(self, registered: Registered) -> list[str]:
+        """Import names of a component's libraries that are not installed; nothing is imported."""
+        return [module for module in getattr(registered.component, "requires", ()) if not _installed(module)]
+
+    def require(self, registered: Registered) -> None:
+        """Raise MissingDependency with the pip command if a library is missing."""
+        absent = self.missing(registered)
+        if absent:
+            extra = registered.component.extra
+            package = f"'{registered.distribution}[{extra}]'" if extra else " ".join(absent)
+            raise MissingDependency(
+                f"{registered.address} needs {', '.join(absent)}, which {'is' if len(absent) == 1 else 'are'} not installed",
+                fix=f"pip install {package}",
+            )
+
+
+def _installed(module: str) -> bool:
+    try:
+        return util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _named(variable: str) -> set[str]:
+    return {word.strip() for word in os.environ.get(variable, "").split(",") if word.strip()}
+
+
+def discover(entry_points: Iterable[metadata.EntryPoint] | None = None) -> Catalog:
+    """Import every plugin's registrations, each in isolation.
+
+    `SAEHUB_DISABLE_PLUGINS=a,b` leaves plugins out; `SAEHUB_STRICT_PLUGINS=1` raises on the first broken one (for authors).
+    """
+    points = metadata.entry_points(group=GROUP) if entry_points is None else entry_points
+    disabled, strict = _named("SAEHUB_DISABLE_PLUGINS"), os.environ.get("SAEHUB_STRICT_PLUGINS") == "1"
+    rows: list[PluginRow] = []
+    seen: dict[str, PluginRow] = {}
+    for point in sorted(set(points), key=lambda point: (point.name, point.value)):
+        distribution = point.dist.name if point.dist else "unknown"
+        row = PluginRow(point.name, distribution, point.dist.version if point.dist else "")
+        rows.append(row)
+        if point.name in disabled:
+            row.status = "disabled"
+            continue
+        try:
+            if point.name in seen:
+                raise UsageError(
+                    f"two installed distributions call their plugin {point.name!r}: {seen[point.name].distribution} and {distribution}",
+                    fix=f"uninstall one of them, or SAEHUB_DISABLE_PLUGINS={point.name}",
+                )
+            seen[point.name] = row
+            _register(row, point.load)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # SystemExit at import included: a plugin must not end the command
+            if strict:
+                raise
+            row.status, row.error = "broken", str(error) if isinstance(error, SaehubError) else f"{type(error).__name__}: {error}"
+            row.trace = traceback.format_exc()
+            row.components, row.architectures, row.recipes = [], [], []
+    return Catalog(rows)
+
+
+def _register(row: PluginRow, load: Callable[[], Any]) -> None:
+    import pluggy
+
+    from saehub import hookspecs
+
+    manager = pluggy.PluginManager("saehub")
+    manager.add_hookspecs(hookspecs)
+    module = load()
+    manager.register(module, name=row.plugin)
+    for hook_name, function in _implementations(module):
+        if hook_name not in hookspecs.HOOKS:
+            raise UsageError(f"there is no hook {hook_name!r}{did_you_mean(hook_name, hookspecs.HOOKS)}", where=f"plugin {row.plugin}")
+        if not hasattr(function, "saehub_impl"):
+            raise UsageError(f"{hook_name} is not marked as an implementation", where=f"plugin {row.plugin}", fix="put @saehub.hookimpl above it")
+    manager.check_pending()
+
+    for kind, hook_name in hookspecs.COMPONENT_HOOKS.items():
+        for component in _results(manager, hook_name, row):
+            _check_component(component, kind, row)
+            row.components.append(Registered(kind, component, row.plugin, row.distribution, row.version))
+    for entry in _results(manager, "saehub_architectures", row):
+        if not isinstance(entry, ArchitectureEntry):
+            raise UsageError(f"saehub_architectures returned a {type(entry).__name__}", fix="return a list of saehub.ArchitectureEntry")
+        row.architectures.append(Registered("architecture", entry, row.plugin, row.distribution, row.version))
+    for path in _results(manager, "saehub_recipes", row):
+        folder = Path(path)
+        row.recipes += sorted(folder.glob("*.yaml")) if folder.is_dir() else [folder]
+
+
+def _implementations(module: Any) -> Iterator[tuple[str, Any]]:
+    """Everything the plugin calls `saehub_…` and could have meant as a hook."""
+    for name in dir(module):
+        value = getattr(module, name, None)
+        if name.startswith("saehub_") and callable(value) and not isinstance(value, type):
+            yield name, value
+
+
+def _results(manager: Any, hook_name: str, row: PluginRow) -> list[Any]:
+    found: list[Any] = []
+    for implementation in getattr(manager.hook, hook_name).get_hookimpls():
+        result = implementation.function()
+        if result is None:
+            continue
+        if isinstance(result, (str, bytes)) or not isinstance(result, Iterable):
+            raise UsageError(f"{hook_name} returned a {type(result).__name__}", where=f"plugin {row.plugin}", fix="return a list")
+        found += list(result)
+    return found
+
+
+def _check_component(component: Any, kind: str, row: PluginRow) -> None:
+    where = f"plugin {row.plugin}"
+    if not isinstance(component, Component):
+        raise UsageError(f"a {kind} hook returned a {type(component).__name__}", where=where, fix="return a list of saehub.Component")
+    if component.api != API_VERSION:
+        raise UsageError(
+            f"{component.name} was written for API version {component.api}; this saehub has {API_VERSION}",
+            where=where,
+            fix=f"pip install -U {row.distribution} saehub",
+        )
+    unknown = sorted(set(component.needs) - NEEDS)
+    if unknown:
+        raise UsageError(f"{component.name} needs {unknown[0]!r}{did_you_mean(unknown[0], NEEDS)}", where=where, fix=f"known: {', '.join(sorted(NEEDS))}")
+    if not component.name or "/" in component.name or ":" not in component.target:
+        raise UsageError(f"{kind} {component.name!r} with target {component.target!r} is not well formed", where=where, fix="name without '/', target 'pkg.mod:Class'")
+    if any(other.kind == kind and other.name == component.name for other in row.components):
+        raise UsageError(f"two {kind}s are called {component.name!r}", where=where)
+
+
+@lru_cache(maxsize=1)
+def catalog() -> Catalog:
+    """The catalogue of this process (`catalog.cache_clear()` after installing something)."""
+    return discover()
