@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
+from saehub.errors import UsageError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -78,7 +80,7 @@ class ModelShape:
     """The sizes of a transformer, as far as a plan needs them; read from config.json or declared in a recipe."""
 
     family: str
-    """`llama` (Llama, Gemma, Qwen, Mistral), `gpt2`, `gpt_neox`, or `other`."""
+    """Key of `saehub.sites.FAMILIES`: `llama` (Llama, Gemma 1, Qwen, Mistral), `gemma2` (Gemma 2 and 3), `gpt2`, `gpt_neox`, `gpt_neox_sequential`, `bert`, `roberta`; or `other`."""
     n_layers: int
     """Transformer blocks."""
     d_model: int
@@ -200,6 +202,24 @@ class Calibration(Protocol):
     def __call__(self, n: int) -> tuple[Tensor, Tensor | None]:
         """The first `n` calibration rows (x_ND, y_ND or None), float32, already normalised; an error that says how many exist."""
         ...
+
+
+@dataclass(frozen=True)
+class CalibrationRows:
+    """The `Calibration` of the hub: rows in memory."""
+
+    x_ND: Tensor
+    """float32 [n, d_in]."""
+    y_ND: Tensor | None = None
+    """float32 [n, d_out]; None for an autoencoder."""
+
+    def __call__(self, n: int) -> tuple[Tensor, Tensor | None]:
+        """The first `n` rows."""
+        if n > self.x_ND.shape[0]:
+            raise UsageError(
+                f"{n} calibration rows were asked for and {self.x_ND.shape[0]} exist", where="extract.calibration", fix=f"extract.calibration: {n}"
+            )
+        return self.x_ND[:n], None if self.y_ND is None else self.y_ND[:n]
 
 
 class Trainer(Protocol):

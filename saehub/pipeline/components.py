@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -41,7 +42,7 @@ class WorkerProcess:
     def __init__(self, plugin: str, env: dict[str, str], log: Path | None = None):
         self.plugin = plugin
         self.env = env
-        self.scratch = tempfile.TemporaryDirectory(prefix="saehub-worker-", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None)
+        self.scratch = tempfile.TemporaryDirectory(prefix="saehub-worker-", dir=_fast_scratch())
         self.wire = Wire(Path(self.scratch.name), fetch=None)
         self.last_words: deque[str] = deque(maxlen=40)
         down_read, down_write = os.pipe()
@@ -119,6 +120,13 @@ class WorkerProcess:
         self.scratch.cleanup()
 
 
+def _fast_scratch() -> str | None:
+    """Shared memory where there is plenty of it (containers often have 64 MB), else the usual temporary folder."""
+    shared = "/dev/shm"
+    roomy = os.access(shared, os.W_OK) and shutil.disk_usage(shared).free > 4_000_000_000
+    return shared if roomy else None
+
+
 class Remote:
     """An object in a worker; calling a method sends the arguments across."""
 
@@ -191,12 +199,3 @@ def call_component(registered: Registered, config: Any, method: str, **kwargs: A
     with Components() as components:
         return getattr(components.make(registered, config), method)(**kwargs)
 
-
-def from_spec(spec: dict) -> Any:
-    """Rebuild what an object described with `spec_for_worker()`: `{"rebuild": "module:function", …arguments}`."""
-    from importlib import import_module
-
-    module, _, name = spec.pop("rebuild").partition(":")
-    if not module.startswith("saehub"):
-        raise ValueError(f"refusing to rebuild through {module}")
-    return getattr(import_module(module), name)(**spec)

@@ -56,8 +56,12 @@ class Wire:
             return {"$evaluation": self.encode(_context_spec(value))}
         if type(value).__name__ in BY_VALUE and is_dataclass(value):
             return {"$data": type(value).__name__, "of": self.encode(asdict(value))}
-        if hasattr(value, "spec_for_worker"):
-            return {"$spec": self.encode(value.spec_for_worker())}
+        if type(value).__name__ == "ModelHandle":
+            return {"$model": asdict(value.spec)}
+        if type(value).__name__ == "TokenDataset":
+            return {"$tokens": str(value.path)}
+        if isinstance(value, api.CalibrationRows):
+            return {"$calibration": self.encode([value.x_ND, value.y_ND])}
         if self._keep is not None:
             if hasattr(value, "__next__") or hasattr(value, "send"):  # generators are drained: Measurements, mostly
                 return [self.encode(item) for item in value]
@@ -90,10 +94,16 @@ class Wire:
                 from saehub.pipeline.evaluate import open_context
 
                 return open_context(self.decode(content))
-            case "$spec":
-                from saehub.pipeline.components import from_spec
+            case "$model":
+                from saehub.data.model import ModelHandle
 
-                return from_spec(self.decode(content))
+                return ModelHandle.load(api.ModelSpec(**content))
+            case "$tokens":
+                from saehub.data.tokens import TokenDataset
+
+                return TokenDataset.open(Path(content))
+            case "$calibration":
+                return api.CalibrationRows(*self.decode(content))
             case "$data":
                 return BY_VALUE[content](**self.decode(rest[0][1]))
             case "$ref" if self._fetch is not None:

@@ -1,0 +1,50 @@
+"""This process in; what is recorded beside every result, and compared before a half-done training goes on, out."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from importlib import metadata
+from typing import Any
+
+LIBRARIES = ("saehub", "torch", "transformers", "tokenizers", "safetensors", "numpy", "datasets")
+
+
+def describe(device: str | None = None) -> dict[str, Any]:
+    """Python, platform, library versions (no import needed), and, once torch is loaded, threads and the device."""
+    found: dict[str, Any] = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "machine": platform.node(),
+        "cpus": os.cpu_count(),
+        "libraries": {name: version for name in LIBRARIES if (version := _version(name))},
+    }
+    if "torch" in sys.modules:
+        import torch
+
+        found["threads"] = torch.get_num_threads()
+        found["device"] = device or "cpu"
+        if device and device.startswith("cuda"):
+            found["device_name"] = torch.cuda.get_device_name(device)
+    return found
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def same_place(recorded: dict[str, Any]) -> bool:
+    """Whether a result was made under the versions of today (`--strict-cache`)."""
+    return recorded.get("libraries") == describe()["libraries"]
+
+
+def differences(recorded: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs and can change the last bits: `threads: 2 -> 4`."""
+    names = ("platform", "python", "threads", "device", "device_name")
+    found = [f"{name}: {recorded.get(name)} -> {now.get(name)}" for name in names if recorded.get(name) != now.get(name)]
+    before, after = recorded.get("libraries", {}), now.get("libraries", {})
+    return found + [f"{name}: {before.get(name)} -> {after.get(name)}" for name in sorted({*before, *after}) if before.get(name) != after.get(name)]

@@ -1,0 +1,33 @@
+"""Sizes in; bytes of memory and disk that a plan will need out, so that what cannot fit is refused before work starts."""
+
+from __future__ import annotations
+
+from saehub.api import Job, ModelShape
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
+
+
+def model_bytes(shape: ModelShape, dtype: str) -> int:
+    """Weights of a gated-MLP transformer: 2 V d + L (4 d h + 3 d m), an upper bound for the families we name."""
+    attention = 4 * shape.d_model * shape.n_heads * shape.d_head
+    mlp = 3 * shape.d_model * shape.d_mlp
+    return (2 * shape.vocab * shape.d_model + shape.n_layers * (attention + mlp)) * BYTES[dtype]
+
+
+def sae_bytes(job: Job, d_sae: int) -> int:
+    """Training one SAE: encoder and decoder in float32, with gradient-free Adam's two moments (12 bytes a weight)."""
+    return (job.d_in + job.d_out) * d_sae * 12
+
+
+def block_bytes(rows: int, widths: list[int], stream_dtype: str) -> int:
+    """One block in memory: raw and permuted copies of every site."""
+    return 2 * rows * sum(widths) * BYTES[stream_dtype]
+
+
+def human(size: float) -> str:
+    """`1.5 GB` (decimal units)."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if size < 1000 or unit == "TB":
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.3g} {unit}"
+        size /= 1000
+    raise AssertionError
