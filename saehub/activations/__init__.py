@@ -1,0 +1,1 @@
+"""Activation rows: read from a model, shuffled in blocks, cut into batches, stored in shards."""

@@ -1,0 +1,1 @@
+"""Models, text sources and packed tokens."""
