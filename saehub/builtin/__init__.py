@@ -1,9 +1,11 @@
 """Names of the embedded model and text sources come in; the model's folder goes out. Imports no torch."""
+
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from pathlib import Path
+
+from saehub.errors import UsageError, did_you_mean
 
 MODELS: dict[str, str] = {"tiny-llama": "tiny_llama"}
 """Embedded models: name after `builtin/` -> folder beside this file."""
@@ -23,10 +25,12 @@ def model_dir(name: str) -> Path:
     return Path(__file__).resolve().parent / MODELS[key]
 
 
-def unknown_name(kind: str, name: str, choices: Iterable[str]) -> ValueError:
+class UnknownBuiltin(UsageError, ValueError):
+    """A name that is not embedded."""
+
+
+def unknown_name(kind: str, name: str, choices: Iterable[str]) -> UnknownBuiltin:
     """The error for a name that is not embedded: what was asked for, the nearest choice, all choices."""
-    known = sorted(choices)
     prefix = "builtin/" if name.startswith("builtin/") else ""
-    near = difflib.get_close_matches(name.removeprefix("builtin/"), known, n=1, cutoff=0.5)
-    hint = f" Did you mean {prefix + near[0]!r}?" if near else ""
-    return ValueError(f"no embedded {kind} is called {name!r}.{hint} Available: {', '.join(prefix + k for k in known)}.")
+    known = [prefix + choice for choice in sorted(choices)]
+    return UnknownBuiltin(f"no embedded {kind} is called {name!r}{did_you_mean(name, known)}", fix=f"use one of: {', '.join(known)}")

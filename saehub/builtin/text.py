@@ -5,6 +5,7 @@ Every Python installation carries this text, so the hub needs no download to hav
 reference in `pydoc_data/topics.py`; `python-code` is the same files with their docstrings cut out. One split, by SHA-256 of
 the module's path, covers both sources: a held-out module is unseen as prose and as code.
 """
+
 from __future__ import annotations
 
 import ast
@@ -17,7 +18,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import SOURCES, unknown_name
+from saehub.builtin import SOURCES, unknown_name
+from saehub.errors import UsageError
 
 HELDOUT_PERCENT = 10
 TOPICS = "pydoc_data/topics.py"
@@ -49,8 +51,8 @@ def documents(source: str, split: str) -> Iterator[Document]:
         split: `train` (about 90 % of the modules) or `heldout`.
 
     Raises:
-        ValueError: an unknown source or split, named with the choices.
-        FileNotFoundError: this interpreter ships its library without source files (for instance in a zip archive).
+        UnknownBuiltin: an unknown source or split (a UsageError and a ValueError), with the choices.
+        UsageError: this interpreter ships its library without source files (for instance in a zip archive).
     """
     name = source.removeprefix("builtin/")
     if name not in SOURCES:
@@ -72,8 +74,9 @@ def library() -> Path:
     """The folder of the running interpreter's standard library."""
     root = Path(sysconfig.get_path("stdlib"))
     if not (root / "argparse.py").is_file():
-        raise FileNotFoundError(f"no standard-library sources under {root}: builtin/python-docs and builtin/python-code need an "
-                                "interpreter that ships its library as .py files; use a local text file as the source instead")
+        raise UsageError("this Python has no source files of its standard library", where=str(root),
+                         why="builtin/python-docs and builtin/python-code are read from the interpreter's own .py files",
+                         fix="use an interpreter that ships them, or a local .txt, .jsonl or .parquet file as the source")
     return root
 
 
