@@ -1,0 +1,263 @@
+"""Training stages of one stream in; finished checkpoints out, from one pass over the blocks that all jobs share and that can stop and go on anywhere."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from saehub.api import CalibrationRows, Job
+from saehub.errors import Interrupted, SaehubError, StageFailed
+from saehub.pipeline.resume import State, drop_states, load_state, save_state
+from saehub.seeds import derive
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from saehub.activations.blocks import BlockStream
+    from saehub.pipeline.context import Context
+    from saehub.pipeline.plan import Stage
+
+REPORT_SECONDS = 0.5
+PROBE_ROWS = 256
+
+
+class Trainee:
+    """One job: its session, the rows it has not used yet, and how far it is."""
+
+    def __init__(self, context: Context, stage: Stage, stream: BlockStream, normalize: str):
+        from dataclasses import replace
+
+        self.context, self.stage = context, stage
+        self.job: Job = replace(stage.spec["job"], device=context.device)
+        self.scale_in = stream.scale(self.job.site, normalize)
+        self.scale_out = stream.scale(self.job.target_site, normalize) if self.job.target_site else self.scale_in
+        self.folder = context.plan.store.state_path(stage.key)
+        self.step = 0
+        self.carry: dict[str, Tensor] = {}
+        self.metrics: dict[str, float] = {}
+        self.error: SaehubError | None = None
+        registered = context.plan.catalog.find("trainer", stage.component)
+        trainer = context.components.make(registered, stage.spec["config"])
+        self.session = trainer.open(self.job, self._calibration(stream))
+        self._restore()
+
+    def _calibration(self, stream: BlockStream) -> CalibrationRows:
+        job, n = self.job, self.context.plan.recipe.extract.calibration
+        rows = stream.calibration(n)
+        target = rows[job.target_site].float() * self.scale_out if job.target_site else None
+        return CalibrationRows(rows[job.site].float() * self.scale_in, target)
+
+    def _restore(self) -> None:
+        from saehub.pipeline.environment import differences
+
+        state, skipped = load_state(self.folder)
+        for text in skipped:
+            self.context.events("warning", self.stage.id, text=f"a saved state is broken and was passed over: {text}")
+        if state is None:
+            return
+        self.session.load_state(state.tensors, state.data)
+        self.step, self.carry = state.step, state.carry
+        changed = differences(state.environment, self.context.environment)
+        if changed:
+            self.context.events("warning", self.stage.id, text=f"resume: inexact ({'; '.join(changed)})")
+        exact = not changed and self.context.facts["resume"] != "inexact"
+        self.context.facts["resume"] = "exact" if exact else "inexact"
+        self.context.facts.setdefault("resume_changes", []).extend(changed)
+        self.context.events("log", self.stage.id, text=f"going on from step {self.step} of {self.job.steps}")
+
+    @property
+    def next_row(self) -> int:
+        """The stream row that this job needs next."""
+        held = next(iter(self.carry.values())).shape[0] if self.carry else 0
+        return self.step * self.job.batch + held
+
+    @property
+    def done(self) -> bool:
+        """All steps taken, or failed."""
+        return self.step >= self.job.steps or self.error is not None
+
+    def feed(self, rows: dict[str, Tensor], stop: Any) -> None:
+        """Take the steps that these rows (float32, of this job's sites) fill; keep the rest."""
+        import torch
+
+        x_ND = rows[self.job.site] * self.scale_in
+        y_ND = rows[self.job.target_site] * self.scale_out if self.job.target_site else None
+        if self.carry:
+            x_ND = torch.cat([self.carry["x"], x_ND])
+            y_ND = None if y_ND is None else torch.cat([self.carry["y"], y_ND])
+        batch, position = self.job.batch, 0
+        chunk = 1 if not hasattr(type(self.session), "steps") else 32  # a worker takes many batches a message
+        while position + batch <= x_ND.shape[0] and self.step < self.job.steps and not stop.is_set():
+            count = min(chunk, (x_ND.shape[0] - position) // batch, self.job.steps - self.step)
+            x_BD = x_ND[position : position + count * batch]
+            y_BD = None if y_ND is None else y_ND[position : position + count * batch]
+            if chunk == 1:
+                self.session.step(x_BD.to(self.job.device), None if y_BD is None else y_BD.to(self.job.device))
+            else:
+                self.metrics = self.session.steps(x_BD, y_BD, batch)
+            position += count * batch
+            self.step += count
+            self.report()
+        self.carry = {} if stop.is_set() and position + batch <= x_ND.shape[0] else {"x": x_ND[position:].clone()}
+        if y_ND is not None and self.carry:
+            self.carry["y"] = y_ND[position:].clone()
+
+    _told = 0.0
+
+    def report(self, force: bool = False) -> None:
+        """Metrics to the event stream, twice a second at most (reading them can wait for the device)."""
+        now = time.monotonic()
+        if not force and now - self._told < REPORT_SECONDS:
+            return
+        self._told = now
+        if not hasattr(type(self.session), "steps"):
+            self.metrics = self.session.metrics()
+        loss = self.metrics.get("loss")
+        self.context.events("progress", self.stage.id, done=self.step, total=self.job.steps, unit="steps", rows=self.step * self.job.batch, metrics=self.metrics)
+        if loss is not None and loss != loss:
+            raise StageFailed(
+                f"the loss of {self.job.id} is NaN at step {self.step} of {self.job.steps}",
+                where=self.stage.id,
+                why="learning rate too high, or activations that overflow the stream's dtype",
+                fix="a lower lr, extract.dtype: float32, or extract.normalize: sqrt_d; the state before it is kept",
+            )
+
+    def save(self) -> None:
+        """Write the state between two batches."""
+        tensors, data = self.session.state()
+        save_state(self.folder, State(self.step, tensors, data, self.carry, self.context.environment))
+
+
+def run_pass(context: Context, stages: list[Stage]) -> None:
+    """Train every job of `stages` on the recipe's stream; a job that fails does not stop the others."""
+    plan = context.plan
+    recipe = plan.recipe
+    sites = sorted({site for stage in stages for site in (stage.spec["job"].site, stage.spec["job"].target_site) if site})
+    with open_stream(context, sites) as stream:
+        trainees = []
+        for stage in stages:
+            context.events("stage_started", stage.id, detail=stage.detail)
+            try:
+                trainees.append(Trainee(context, stage, stream, recipe.extract.normalize))
+            except SaehubError as error:
+                failed(context, stage, error)
+                raise
+        start, begun = min(trainee.next_row for trainee in trainees), time.monotonic()
+        for index in range(stream.block_of(start) if any(not t.done for t in trainees) else stream.n_blocks, stream.n_blocks):
+            if all(trainee.done for trainee in trainees):
+                break
+            block = stream.block(index)
+            for trainee in trainees:
+                _feed(trainee, block, context)
+            if context.stop.is_set():
+                raise Interrupted("stopped; every job's state is saved", fix="the same command goes on from here")
+        elapsed = time.monotonic() - begun
+        for trainee in trainees:
+            if trainee.error is None:
+                trainee.report(force=True)
+                _finish(context, trainee, stream, elapsed)
+    errors = [trainee.error for trainee in trainees if trainee.error]
+    if errors:
+        raise errors[0]
+
+
+def _feed(trainee: Trainee, block: Any, context: Context) -> None:
+    first, count = block.first_row, next(iter(block.acts.values())).shape[0]
+    if trainee.done or first + count <= trainee.next_row:
+        return
+    offset = max(0, trainee.next_row - first)
+    wanted = [site for site in (trainee.job.site, trainee.job.target_site) if site]
+    try:
+        trainee.feed({site: block.acts[site][offset:].float() for site in wanted}, context.stop)
+        trainee.save()
+    except SaehubError as error:
+        trainee.error = error
+        failed(context, trainee.stage, error)
+    except Exception as error:
+        from saehub.pipeline.context import stage_error
+
+        trainee.error = stage_error(trainee.stage, error)
+        trainee.error.__cause__ = error
+        failed(context, trainee.stage, trainee.error)
+
+
+def failed(context: Context, stage: Stage, error: SaehubError) -> None:
+    """Tell the listeners."""
+    context.events("stage_failed", stage.id, error=error.to_json())
+
+
+def _finish(context: Context, trainee: Trainee, stream: BlockStream, elapsed: float) -> None:
+    """Fold the stream's normalisation, attach provenance and the golden probe, and publish the checkpoint."""
+    import torch
+
+    from saehub.checkpoint.format import save
+    from saehub.checkpoint.probe import make_probe
+
+    job, stage, plan = trainee.job, trainee.stage, context.plan
+    sae = trainee.session.finish().to("cpu")
+    if job.target_site:
+        raise StageFailed("transcoders need a second scale when normalisation is folded", where=stage.id) if (
+            trainee.scale_in != trainee.scale_out
+        ) else None
+    sae = sae.scale_input(trainee.scale_in) if trainee.scale_in != 1.0 else sae
+    sae.provenance.update(provenance(context, trainee, stream))
+    bad = [name for name, tensor in sae.tensors().items() if not torch.isfinite(tensor.float()).all()]
+    if bad:
+        raise StageFailed(f"{job.id} ended with values that are not finite in {', '.join(bad)}", where=stage.id, fix="a lower learning rate")
+    rows = stream.probe_rows(PROBE_ROWS)
+    probe = make_probe(sae, rows.acts[job.site], rows.token_ids_N, rows.positions_N, rows.contexts)
+    manifest = context.manifest(stage, metrics=trainee.metrics, seconds=elapsed, rows=trainee.step * job.batch, job=asdict(job))
+    with plan.store.create("train", stage.key, manifest) as folder:
+        save(sae, folder / "checkpoint", probe=probe)
+    drop_states(trainee.folder)
+    context.events("stage_finished", stage.id, seconds=elapsed, metrics=trainee.metrics, path=str(stage.where))
+
+
+def provenance(context: Context, trainee: Trainee, stream: BlockStream) -> dict[str, Any]:
+    """Where a checkpoint comes from: the part of saehub.json that is not mathematics."""
+    from saehub.pipeline.keys import plain_config
+
+    plan, job = context.plan, trainee.job
+    recipe, train = plan.recipe, plan.recipe.data.train if plan.recipe.data else None
+    registered = plan.catalog.find("trainer", trainee.stage.component)
+    tokens = context.tokens("train") if plan.of("tokens") else None
+    model = plan.model
+    return {
+        "site": job.site,
+        "target_site": job.target_site,
+        "model": {**asdict(model), "fingerprint": context.model.fingerprint, "weight_processing": "none"} if model else None,
+        "tokens": {
+            "context": train.context,
+            "bos": train.bos,
+            "exclude": list(train.exclude),
+            "template": train.template,
+            "tokenizer_hash": tokens.manifest.get("tokenizer_hash"),
+        }
+        if tokens and train
+        else None,
+        "data": {
+            "hash": tokens.hash if tokens else None,
+            "stream_hash": stream.hash,
+            "tokens_trained": trainee.step * job.batch,
+            "sources": [asdict(entry) for entry in train.mix] if train else [],
+        },
+        "trainer": {
+            "component": registered.address,
+            "distribution": registered.distribution,
+            "version": registered.version,
+            "config": plain_config(trainee.stage.spec["config"]),
+            "seed": job.seed,
+            "job": job.id,
+            "normalize": recipe.extract.normalize,
+            "scale": trainee.scale_in,
+        },
+        "libraries": context.environment["libraries"],
+    }
+
+
+def open_stream(context: Context, sites: list[str]) -> Any:
+    """The recipe's block stream over `sites`, stored as the plan chose; a context manager that closes the extractor."""
+    from saehub.pipeline.stream import HubStream
+
+    return HubStream(context, sites, derive("stream", context.plan.recipe.seed))
