@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
+import re
+import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -16,6 +19,8 @@ from saehub.api import API_VERSION, KINDS, NEEDS, ArchitectureEntry, Component
 from saehub.errors import MissingDependency, SaehubError, StageFailed, UsageError, did_you_mean
 
 GROUP = "saehub.plugins"
+OWN = "saehub"
+"""The distribution whose plugins nobody can shadow."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +50,11 @@ class Registered:
 
     def load(self) -> Any:
         """The class behind `target`; a library that is missing or fails to import is an error that says so."""
-        return _load(self.component.target, self.address)
+        return _load(self.component.target, self)
 
     def load_config(self) -> type | None:
         """The config dataclass, or None."""
-        return _load(self.component.config, self.address) if self.component.config else None
+        return _load(self.component.config, self) if self.component.config else None
 
     def library_versions(self) -> dict[str, str]:
         """Version of the plugin's own distribution and of those that hold the `requires` modules (absent ones left out)."""
@@ -69,7 +74,7 @@ def _distributions_of(module: str) -> list[str]:
     return sorted(set(_packages().get(module.partition(".")[0], ())))
 
 
-def _load(target: str, address: str) -> Any:
+def _load(target: str, registered: Registered) -> Any:
     module_name, _, attribute = target.partition(":")
     try:
         value = importlib.import_module(module_name)
@@ -78,14 +83,31 @@ def _load(target: str, address: str) -> Any:
     except SaehubError:
         raise
     except ModuleNotFoundError as error:
+        absent = error.name or str(error)
+        if absent == module_name or module_name.startswith(f"{absent}."):
+            raise StageFailed(
+                f"{registered.address} points at {target!r}, but there is no module {absent!r}",
+                where=f"{registered.distribution} {registered.version}",
+                fix="correct `target` or `config` in the plugin's registration",
+            ) from error
         raise MissingDependency(
-            f"{address} needs the module {error.name!r}, which is not installed", where=target, fix=f"pip install {error.name}"
+            f"{registered.address} needs the module {absent!r}, which is not installed", where=target, fix=_pip(registered, [absent])
         ) from error
     except (Exception, SystemExit) as error:
         raise StageFailed(
-            f"{address} could not be loaded", where=target, why=f"{type(error).__name__}: {error}", fix="saehub plugins ls --trace"
+            f"{registered.address} could not be loaded",
+            where=target,
+            fix=f"report it to the authors of {registered.distribution} {registered.version}; SAEHUB_TRACE=1 shows the whole trace",
+            said=f"{type(error).__name__}: {error}",
         ) from error
     return value
+
+
+def _pip(registered: Registered, absent: list[str]) -> str:
+    """The command that installs what a component lacks: its extra where it has one, else the modules by name."""
+    extra = getattr(registered.component, "extra", None)
+    package = f"'{registered.distribution}[{extra}]'" if extra else " ".join(absent)
+    return f"pip install {package}"
 
 
 @dataclass
@@ -143,8 +165,8 @@ class Catalog:
         )
 
     def architectures(self) -> dict[str, Registered]:
-        """Architectures that plugins register, by name (the first in plugin order; a second one is an error row)."""
-        return {item.name: item for row in reversed(self._rows) for item in row.architectures}
+        """Architectures that plugins register, by name; a plugin that repeats another's name is a broken row, so names are unique."""
+        return {item.name: item for row in self._rows for item in row.architectures}
 
     def recipes(self) -> dict[str, Path]:
         """Recipes that plugins ship: `{"plugin/name": file}`."""
@@ -158,11 +180,9 @@ class Catalog:
         """Raise MissingDependency with the pip command if a library is missing."""
         absent = self.missing(registered)
         if absent:
-            extra = registered.component.extra
-            package = f"'{registered.distribution}[{extra}]'" if extra else " ".join(absent)
             raise MissingDependency(
                 f"{registered.address} needs {', '.join(absent)}, which {'is' if len(absent) == 1 else 'are'} not installed",
-                fix=f"pip install {package}",
+                fix=_pip(registered, absent),
             )
 
 
@@ -180,27 +200,26 @@ def _named(variable: str) -> set[str]:
 def discover(entry_points: Iterable[metadata.EntryPoint] | None = None) -> Catalog:
     """Import every plugin's registrations, each in isolation.
 
-    `SAEHUB_DISABLE_PLUGINS=a,b` leaves plugins out; `SAEHUB_STRICT_PLUGINS=1` raises on the first broken one (for authors).
+    saehub's own plugins come first, so that no other distribution can take their names; strangers that take the same name are all broken
+    rows, because which of them a recipe would get must not depend on the order of discovery.
+    `SAEHUB_DISABLE_PLUGINS=a,b` leaves plugins (or whole distributions) out; `SAEHUB_STRICT_PLUGINS=1` raises on the first broken one
+    (for authors). What a plugin prints while it is imported goes to stderr: stdout is data.
     """
     points = metadata.entry_points(group=GROUP) if entry_points is None else entry_points
     disabled, strict = _named("SAEHUB_DISABLE_PLUGINS"), os.environ.get("SAEHUB_STRICT_PLUGINS") == "1"
-    rows: list[PluginRow] = []
-    seen: dict[str, PluginRow] = {}
-    for point in sorted(set(points), key=lambda point: (point.name, point.value)):
-        distribution = point.dist.name if point.dist else "unknown"
-        row = PluginRow(point.name, distribution, point.dist.version if point.dist else "")
-        rows.append(row)
-        if point.name in disabled:
+    rows = [(_row(point), point) for point in sorted(set(points), key=_order)]
+    for row, _ in rows:
+        if row.plugin in disabled or row.distribution in disabled:
             row.status = "disabled"
+    active = [row for row, _ in rows if row.status == "ok"]
+    for row, point in rows:
+        if row.status == "disabled":
             continue
         try:
-            if point.name in seen:
-                raise UsageError(
-                    f"two installed distributions call their plugin {point.name!r}: {seen[point.name].distribution} and {distribution}",
-                    fix=f"uninstall one of them, or SAEHUB_DISABLE_PLUGINS={point.name}",
-                )
-            seen[point.name] = row
-            _register(row, point.load)
+            with contextlib.redirect_stdout(sys.stderr):
+                _refuse_clash(row, active)
+                _register(row, point.load)
+                _refuse_repeated_architecture(row, active)
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # SystemExit at import included: a plugin must not end the command
@@ -209,7 +228,39 @@ def discover(entry_points: Iterable[metadata.EntryPoint] | None = None) -> Catal
             row.status, row.error = "broken", str(error) if isinstance(error, SaehubError) else f"{type(error).__name__}: {error}"
             row.trace = traceback.format_exc()
             row.components, row.architectures, row.recipes = [], [], []
-    return Catalog(rows)
+    return Catalog(row for row, _ in rows)
+
+
+def _row(point: metadata.EntryPoint) -> PluginRow:
+    return PluginRow(point.name, point.dist.name if point.dist else "unknown", point.dist.version if point.dist else "")
+
+
+def _order(point: metadata.EntryPoint) -> tuple:
+    distribution = point.dist.name if point.dist else ""
+    return distribution != OWN, point.name, distribution, point.value
+
+
+def _refuse_clash(row: PluginRow, active: list[PluginRow]) -> None:
+    """Two distributions, one plugin name: ours stays, everybody else's is refused."""
+    if "/" in row.plugin:
+        raise UsageError(f"a plugin cannot be called {row.plugin!r}", fix="an entry-point name without '/'")
+    others = [other.distribution for other in active if other.plugin == row.plugin and other is not row]
+    if others and row.distribution != OWN:
+        raise UsageError(
+            f"{len(others) + 1} installed distributions call their plugin {row.plugin!r}: {', '.join(sorted([*others, row.distribution]))}",
+            fix=f"uninstall all but one, or leave one out: SAEHUB_DISABLE_PLUGINS={row.distribution}",
+        )
+
+
+def _refuse_repeated_architecture(row: PluginRow, active: list[PluginRow]) -> None:
+    """An architecture's name stands in checkpoints, so it can mean one class only."""
+    taken = {item.name: other.plugin for other in active if other is not row for item in other.architectures}
+    names = [item.name for item in row.architectures]
+    for name in names:
+        if name in taken:
+            raise UsageError(f"architecture {name!r} is already provided by plugin {taken[name]}", fix="choose another name for it")
+        if names.count(name) > 1:
+            raise UsageError(f"two architectures are called {name!r}", where=f"plugin {row.plugin}")
 
 
 def _register(row: PluginRow, load: Callable[[], Any]) -> None:
@@ -235,9 +286,13 @@ def _register(row: PluginRow, load: Callable[[], Any]) -> None:
     for entry in _results(manager, "saehub_architectures", row):
         if not isinstance(entry, ArchitectureEntry):
             raise UsageError(f"saehub_architectures returned a {type(entry).__name__}", fix="return a list of saehub.ArchitectureEntry")
+        if not _dotted(entry.target):
+            raise UsageError(f"architecture {entry.name!r} with target {entry.target!r} is not well formed", fix="target 'pkg.mod:Class'")
         row.architectures.append(Registered("architecture", entry, row.plugin, row.distribution, row.version))
     for path in _results(manager, "saehub_recipes", row):
         folder = Path(path)
+        if not folder.exists():
+            raise UsageError(f"saehub_recipes names {folder}, which does not exist", where=f"plugin {row.plugin}", fix="is it in the wheel?")
         row.recipes += sorted(folder.glob("*.yaml")) if folder.is_dir() else [folder]
 
 
@@ -271,13 +326,25 @@ def _check_component(component: Any, kind: str, row: PluginRow) -> None:
             where=where,
             fix=f"pip install -U {row.distribution} saehub",
         )
+    for words in ("needs", "requires"):
+        if isinstance(getattr(component, words), str):
+            raise UsageError(f"{component.name}: {words} is a string", where=where, fix=f"{words}=({getattr(component, words)!r},)")
     unknown = sorted(set(component.needs) - NEEDS)
     if unknown:
         raise UsageError(f"{component.name} needs {unknown[0]!r}{did_you_mean(unknown[0], NEEDS)}", where=where, fix=f"known: {', '.join(sorted(NEEDS))}")
-    if not component.name or "/" in component.name or ":" not in component.target:
-        raise UsageError(f"{kind} {component.name!r} with target {component.target!r} is not well formed", where=where, fix="name without '/', target 'pkg.mod:Class'")
+    if not component.name or "/" in component.name or not _dotted(component.target) or not (component.config is None or _dotted(component.config)):
+        raise UsageError(
+            f"{kind} {component.name!r} with target {component.target!r} and config {component.config!r} is not well formed",
+            where=where,
+            fix="name without '/', target and config 'pkg.mod:Class'",
+        )
     if any(other.kind == kind and other.name == component.name for other in row.components):
         raise UsageError(f"two {kind}s are called {component.name!r}", where=where)
+
+
+def _dotted(target: Any) -> bool:
+    """Whether it reads `package.module:Class`."""
+    return isinstance(target, str) and re.fullmatch(r"[\w.]+:[\w.]+", target) is not None
 
 
 @lru_cache(maxsize=1)
