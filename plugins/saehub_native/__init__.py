@@ -1,1 +1,53 @@
-"""placeholder."""
+"""Nothing in; the components of saehub's own extractor, trainer and evaluator out: registrations only, torch-free."""
+
+from __future__ import annotations
+
+from saehub import Component, hookimpl
+
+
+@hookimpl
+def saehub_extractors() -> list[Component]:
+    """`native/hf` and `native/files`."""
+    return [
+        Component(
+            name="hf",
+            target="saehub_native.extract:HFExtractor",
+            config="saehub_native.extract_config:HFConfig",
+            needs=("model", "tokens"),
+            summary="activations of any Hugging Face model: one forward pass for all sites, stopped after the deepest",
+        ),
+        Component(
+            name="files",
+            target="saehub_native.files:FilesExtractor",
+            config="saehub_native.extract_config:FilesConfig",
+            summary="activations that exist already: a folder of safetensors or npy files",
+        ),
+    ]
+
+
+@hookimpl
+def saehub_trainers() -> list[Component]:
+    """`native/topk`."""
+    return [
+        Component(
+            name="topk",
+            target="saehub_native.train:NativeTrainer",
+            config="saehub_native.config:TopKConfig",
+            needs=("activations",),
+            summary="TopK: the k largest pre-activations a row, dead latents revived through AuxK",
+        ),
+    ]
+
+
+@hookimpl
+def saehub_evaluators() -> list[Component]:
+    """`native/core`."""
+    return [
+        Component(
+            name="core",
+            target="saehub_native.evaluate.core:CoreEvaluator",
+            config="saehub_native.evaluate.config:CoreConfig",
+            needs=("model", "tokens", "sequences"),
+            summary="FVU, L0, CE and KL recovered, deadness and baselines, each with a standard error over sequences",
+        ),
+    ]

@@ -1,0 +1,143 @@
+"""The `with:` of a recipe in, checked settings of the native trainers out; imports no torch, so that a plan can ask everything."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from saehub.api import Job
+
+LR_SCALE = 0.0256
+DEAD_ROWS = 10_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """What every native trainer takes, whatever the architecture."""
+
+    objective: ClassVar[str] = ""
+    """`"package.module:Class"`: the `saehub_native.architectures.Architecture` that is trained."""
+
+    expansion: float | None = None
+    """Latents per input dimension: d_sae = round(expansion · d_in). None: 8, unless `width` is given."""
+    width: int | None = None
+    """Number of latents (d_sae), instead of `expansion`."""
+    batch: int = 2048
+    """Rows a step."""
+    lr: float | None = None
+    """Peak learning rate of Adam. None: proportional to 1/√d_sae (`peak_lr`), the constant measured by tests/benchmarks/topk_quality.py."""
+    warmup: float = 0.05
+    """Share of the steps over which the learning rate rises linearly."""
+    decay: float = 0.2
+    """Share of the steps, at the end, over which it falls linearly to zero."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's decay rates of the first and the second moment."""
+    clip: float | None = 1.0
+    """Largest L2 norm of the whole gradient (of a loss in units of FVU); None: no clipping."""
+    calibration: int = 8192
+    """Calibration rows, never training rows, for b_dec, the first directions and the variance."""
+
+    def architecture(self) -> str:
+        """The word in `saehub.json`."""
+        raise NotImplementedError(f"{type(self).__name__} does not name its architecture")
+
+    def d_sae(self, job: Job) -> int:
+        """Number of latents."""
+        return self.width if self.width is not None else max(1, round((8 if self.expansion is None else self.expansion) * job.d_in))
+
+    def peak_lr(self, job: Job) -> float:
+        """`lr`, or the rule: LR_SCALE / √d_sae (Gao et al. 2024, fig. 3, for the exponent)."""
+        return self.lr if self.lr is not None else LR_SCALE / math.sqrt(self.d_sae(job))
+
+    def dead_rows(self, job: Job) -> int:
+        """Rows without firing after which a latent counts as dead."""
+        return DEAD_ROWS
+
+    def memory(self, job: Job) -> int:
+        """Bytes at the peak: parameters, Adam's two moments and scratch, gradients; pre-activations of a chunk; rows of a batch."""
+        latents = self.d_sae(job)
+        parameters = latents * (job.d_in + job.d_out + 1) + job.d_out
+        rows = 6 * self.batch * (job.d_in + job.d_out)
+        return 4 * (5 * parameters + rows) + (8 << 20) + 256 * latents
+
+    def check(self, job: Job) -> Iterator[str]:
+        """Problems with these settings for this job, each with its fix."""
+        if self.expansion is not None and self.width is not None:
+            yield f"expansion {self.expansion:g} and width {self.width} are both given; leave one out"
+        if self.expansion is not None and not self.expansion > 0:
+            yield f"expansion is {self.expansion:g}; it must be above 0"
+        if self.width is not None and self.width < 1:
+            yield f"width is {self.width}; it must be at least 1"
+        if self.batch < 1:
+            yield f"batch is {self.batch}; it must be at least 1"
+        elif self.batch > job.rows or job.steps < 1:
+            yield f"batch is {self.batch}, the run has {job.rows} rows: not one step; lower batch, or raise data.train.tokens"
+        if self.lr is not None and not 0 < self.lr < math.inf:
+            yield f"lr is {self.lr:g}; it must be above 0 (leave it out for the rule)"
+        for name in ("warmup", "decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                yield f"{name} is {getattr(self, name):g}; it is a share of the steps, from 0 to 1"
+        if self.warmup + self.decay > 1:
+            yield f"warmup {self.warmup:g} and decay {self.decay:g} overlap; together they may be at most 1"
+        if not all(0 <= beta < 1 for beta in self.betas):
+            yield f"betas are {list(self.betas)}; both must lie in [0, 1)"
+        if self.clip is not None and not self.clip > 0:
+            yield f"clip is {self.clip:g}; it must be above 0, or null for no clipping"
+        if self.calibration < 1:
+            yield f"calibration is {self.calibration}; at least one row is needed"
+        if job.target_site is None and job.d_in != job.d_out:
+            yield f"an autoencoder needs d_in = d_out, here {job.d_in} and {job.d_out}; name a target_site to train a transcoder"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopKConfig(TrainConfig):
+    """`native/topk`: the k largest pre-activations of each row (Gao et al. 2024, arXiv 2406.04093)."""
+
+    objective: ClassVar[str] = "saehub_native.architectures.topk:TopK"
+
+    k: int
+    """Latents a row: L0 is at most k."""
+    auxk_alpha: float = 1 / 32
+    """Weight of the AuxK loss, which revives dead latents; 0 turns it off."""
+    k_aux: int | None = None
+    """Dead latents a row in the AuxK loss. None: d_in / 2."""
+    dead_after: int | None = None
+    """Rows without firing after which a latent counts as dead. None: `dead_rows` scales it to the run."""
+    init_blend: float = 0.5
+    """Share of a calibration row in a latent's first direction; the rest is random. 0: random only."""
+
+    def architecture(self) -> str:
+        return "topk"
+
+    def aux_latents(self, job: Job) -> int:
+        """`k_aux`, or d_in / 2 (Gao et al. 2024, §B.1), within the dictionary."""
+        return min(self.d_sae(job), self.k_aux if self.k_aux is not None else max(1, job.d_in // 2))
+
+    def dead_rows(self, job: Job) -> int:
+        """`dead_after`, or a tenth of the run, at most 10 million rows."""
+        return self.dead_after if self.dead_after is not None else min(DEAD_ROWS, max(self.batch, job.rows // 10))
+
+    def memory(self, job: Job) -> int:
+        """As every native trainer, and AuxK with all latents dead (weights, gradients, two chunks)."""
+        latents = self.d_sae(job)
+        auxk = 8 * latents * (job.d_in + job.d_out) + 4 * (32 << 20) if self.auxk_alpha > 0 else 0
+        return super().memory(job) + auxk + 6 * 8 * self.batch * self.k
+
+    def check(self, job: Job) -> Iterator[str]:
+        yield from super().check(job)
+        latents = self.d_sae(job)
+        if self.k < 1:
+            yield f"k is {self.k}; it must be at least 1"
+        elif self.k > latents:
+            yield f"k is {self.k}, the dictionary has {latents} latents; lower k, or raise expansion"
+        if self.auxk_alpha < 0:
+            yield f"auxk_alpha is {self.auxk_alpha:g}; it must be at least 0 (0 turns AuxK off)"
+        if self.k_aux is not None and not 1 <= self.k_aux <= latents:
+            yield f"k_aux is {self.k_aux}; it must lie between 1 and the {latents} latents"
+        if self.dead_after is not None and self.dead_after < 1:
+            yield f"dead_after is {self.dead_after} rows; it must be at least 1"
+        if not 0 <= self.init_blend <= 1:
+            yield f"init_blend is {self.init_blend:g}; it is a share, from 0 to 1"

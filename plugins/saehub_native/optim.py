@@ -1,0 +1,45 @@
+"""Parameters and gradients in, updated parameters out: Adam (Kingma & Ba, 2015) with plain tensors as its whole state."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+class Adam:
+    """m ← β₁m + (1−β₁)g,  v ← β₂v + (1−β₂)g²,  p ← p − lr · m/(1−β₁ᵗ) / (√(v/(1−β₂ᵗ)) + ε), in place.
+
+    Own code rather than `torch.optim`, because its state must be a flat table of tensors and its arithmetic the same in every torch version.
+    """
+
+    def __init__(self, params: Mapping[str, Tensor], betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8):
+        self.params, self.betas, self.eps = dict(params), betas, eps
+        self.t = 0
+        self.m = {name: torch.zeros_like(p) for name, p in params.items()}
+        self.v = {name: torch.zeros_like(p) for name, p in params.items()}
+        self._scratch = {name: torch.empty_like(p) for name, p in params.items()}
+
+    def step(self, grads: Mapping[str, Tensor], lr: float) -> None:
+        """One update of every parameter that has a gradient of its name."""
+        self.t += 1
+        beta1, beta2 = self.betas
+        size, spread = lr / (1 - beta1**self.t), math.sqrt(1 - beta2**self.t)
+        for name, g in grads.items():
+            self.m[name].lerp_(g, 1 - beta1)
+            v = self.v[name].mul_(beta2).addcmul_(g, g, value=1 - beta2)
+            scale = torch.sqrt(v, out=self._scratch[name]).div_(spread).add_(self.eps)
+            self.params[name].addcdiv_(self.m[name], scale, value=-size)
+
+    def state(self) -> dict[str, Tensor]:
+        """`m.<name>` and `v.<name>`; the step count is the session's."""
+        return {f"{kind}.{name}": moment for kind in ("m", "v") for name, moment in getattr(self, kind).items()}
+
+    def load_state(self, tensors: Mapping[str, Tensor], t: int) -> None:
+        """Take over what `state` returned, after `t` steps."""
+        self.t = t
+        for kind in ("m", "v"):
+            for name, moment in getattr(self, kind).items():
+                moment.copy_(tensors[f"{kind}.{name}"])

@@ -1,0 +1,178 @@
+"""Batches of rows in, a trained SAE out: the loop that all native architectures share, which can stop and go on between any two steps."""
+
+from __future__ import annotations
+
+import math
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from saehub.errors import FormatError, StageFailed, UsageError
+from saehub.seeds import generator
+from saehub_native.kernels import pick
+from saehub_native.optim import Adam
+from saehub_native.schedule import lr_factor
+
+if TYPE_CHECKING:
+    from saehub.api import Calibration, Job
+    from saehub.checkpoint.sae import SAE
+    from saehub_native.architectures import Architecture
+    from saehub_native.config import TrainConfig
+
+CHECK_EVERY = 32  # steps between two looks at the loss where a look stalls the device
+
+
+class NativeTrainer:
+    """Implements `saehub.api.Trainer` for every config that names an `objective`."""
+
+    def __init__(self, config: TrainConfig):
+        self.config = config
+
+    def open(self, job: Job, calibration: Calibration) -> NativeSession:
+        """One SAE, initialised from calibration rows. Raises UsageError for settings that do not fit the job."""
+        problems = list(self.config.check(job))
+        if problems:
+            raise UsageError(f"{job.id} cannot be trained: " + "; ".join(problems), where=f"train {job.id}", fix="saehub recipe check")
+        return NativeSession(self.config, job, calibration)
+
+
+class NativeSession:
+    """Implements `saehub.api.TrainerSession`: parameters, optimizer, counters; no global random state, no gradient graph."""
+
+    @torch.no_grad()
+    def __init__(self, config: TrainConfig, job: Job, calibration: Calibration):
+        self.config, self.job = config, job
+        self.kernels = pick(job.device)
+        module, _, name = config.objective.partition(":")
+        self.architecture: Architecture = getattr(import_module(module), name)(config, job, self.kernels)
+        x_ND, y_ND = calibration(config.calibration)
+        x_ND = self._rows(x_ND, job.d_in, "calibration rows")
+        y_ND = x_ND if y_ND is None else self._rows(y_ND, job.d_out, "calibration targets")
+        params = self.architecture.init(x_ND, y_ND, generator(job.id, job.seed, "init"))
+        if job.init_from is not None:
+            params = {name: p.to(job.device) for name, p in self._warm_start(job.init_from).items()}
+        self.params = params
+        self.optimizer = Adam(params, config.betas)
+        self.steps_done = 0
+        self.since_fired_F = torch.zeros(config.d_sae(job), dtype=torch.int64, device=job.device)
+        self.dead_rows = config.dead_rows(job)
+        self._last: dict[str, Tensor | float] = {}
+
+    def _rows(self, rows: Tensor, width: int, what: str) -> Tensor:
+        if rows.ndim != 2 or rows.shape[1] != width:
+            raise StageFailed(
+                f"{what} have shape {list(rows.shape)}", where=f"train {self.job.id}", why=f"[rows, {width}] was expected at {self.job.site}"
+            )
+        return rows.detach().to(self.job.device, torch.float32)
+
+    def _warm_start(self, path: str) -> dict[str, Tensor]:
+        from saehub.checkpoint.load import load
+
+        sae = load(Path(path))
+        return self.architecture.read(sae.config, sae.tensors())
+
+    @torch.no_grad()
+    def step(self, x_BD: Tensor, y_BD: Tensor | None = None) -> None:
+        """One optimizer step. Raises StageFailed at a loss that is not finite; the state before that step is what `state` gave last."""
+        job = self.job
+        if job.target_site is not None and y_BD is None:
+            raise StageFailed(f"{job.id} is a transcoder to {job.target_site}, but got no targets", where=f"train {job.id}, step {self.steps_done}")
+        x_BD = self._rows(x_BD, job.d_in, "rows")
+        y_BD = x_BD if job.target_site is None else self._rows(y_BD, job.d_out, "targets")
+        lr = self.config.peak_lr(job) * lr_factor(self.steps_done, job.steps, self.config.warmup, self.config.decay)
+
+        dead_F = self.since_fired_F >= self.dead_rows
+        result = self.architecture.gradients(self.params, x_BD, y_BD, dead_F)
+        self._last = {
+            "loss": result.loss,
+            "squared_error": result.squared_error,
+            "variance": (y_BD - y_BD.mean(0)).square_().sum(),
+            "l0": result.l0,
+            "dead": dead_F.float().mean(),
+            "lr": lr,
+        }
+        if x_BD.device.type == "cpu" or self.steps_done % CHECK_EVERY == 0:
+            self._check_finite()
+        self.architecture.before_update(self.params, result.grads)
+        if self.config.clip is not None:
+            norm = torch.stack([g.norm() for g in result.grads.values()]).norm()
+            factor = (self.config.clip / norm.clamp_min(1e-30)).clamp_max(1.0)
+            for g in result.grads.values():
+                g.mul_(factor)
+        self.optimizer.step(result.grads, lr)
+        self.architecture.after_update(self.params)
+        self.since_fired_F += x_BD.shape[0]
+        self.since_fired_F[result.fired_F] = 0
+        self.steps_done += 1
+
+    def _check_finite(self) -> None:
+        loss = float(self._last["loss"])
+        if not math.isfinite(loss):
+            raise StageFailed(
+                f"the loss of {self.job.id} is {loss} at step {self.steps_done + 1} of {self.job.steps}",
+                where=f"train {self.job.id}",
+                why="the learning rate is too high, or the rows hold extreme values",
+                fix=f"set lr below {self.config.peak_lr(self.job):.1e} in the recipe's `with:` and run again; what was saved before stays valid",
+            )
+
+    def metrics(self) -> dict[str, float]:
+        """Of the last step: `loss`, `fvu` (Σ|e|² over the variance of the same batch), `l0`, `dead` (share), `lr`. Waits for the device."""
+        if not self._last:
+            return {}
+        last = {name: float(value) for name, value in self._last.items()}
+        squared_error, variance = last.pop("squared_error"), last.pop("variance")
+        return {"loss": last["loss"], "fvu": squared_error / variance if variance > 0 else math.nan, **last}
+
+    def state(self) -> tuple[dict[str, Tensor], dict]:
+        """Parameters, Adam's moments, rows since each latent fired; and the step count. Refuses to save a state that is not finite."""
+        if self._last:
+            self._check_finite()
+        tensors = {f"param.{name}": p for name, p in self.params.items()}
+        tensors |= {f"adam.{name}": moment for name, moment in self.optimizer.state().items()}
+        tensors["since_fired"] = self.since_fired_F
+        broken = [name for name, t in tensors.items() if t.is_floating_point() and not bool(t.isfinite().all())]
+        if broken:
+            raise StageFailed(
+                f"{broken[0]} of {self.job.id} is not finite after step {self.steps_done}",
+                where=f"train {self.job.id}",
+                fix=f"set lr below {self.config.peak_lr(self.job):.1e} in the recipe's `with:` and run again; what was saved before stays valid",
+            )
+        data = {
+            "version": 1,
+            "steps_done": self.steps_done,
+            "kernels": self.kernels.name,
+            "constants": self.architecture.constants,
+            "last": {name: float(value) for name, value in self._last.items()},
+        }
+        return {name: t.detach().cpu().clone() for name, t in tensors.items()}, data
+
+    @torch.no_grad()
+    def load_state(self, tensors: dict[str, Tensor], data: dict) -> None:
+        """Go on exactly where `state` was taken. Raises FormatError if the state is of another job or version."""
+        held = {f"param.{name}": p for name, p in self.params.items()}
+        held |= {f"adam.{name}": moment for name, moment in self.optimizer.state().items()}
+        held["since_fired"] = self.since_fired_F
+        if data.get("version") != 1:
+            raise FormatError(f"the state of {self.job.id} has version {data.get('version')}; this saehub reads 1", where=f"train {self.job.id}")
+        wrong = [name for name, t in held.items() if name not in tensors or tensors[name].shape != t.shape or tensors[name].dtype != t.dtype]
+        if wrong:
+            raise FormatError(
+                f"the state of {self.job.id} does not fit its settings: {', '.join(sorted(wrong))}", where=f"train {self.job.id}"
+            )
+        self.kernels = self.architecture.kernels = pick(self.job.device, data["kernels"])
+        for name, tensor in held.items():
+            tensor.copy_(tensors[name])
+        self.architecture.constants = dict(data["constants"])
+        self.steps_done = self.optimizer.t = int(data["steps_done"])
+        self._last = dict(data["last"])
+
+    def finish(self) -> SAE:
+        """The SAE in the units of the rows that it was given, float32, on the CPU."""
+        from saehub.checkpoint.sae import SAE, SAEConfig
+
+        self.state()  # refuses NaN
+        fields, tensors = self.architecture.export(self.params)
+        return SAE.build(SAEConfig(**fields), {name: t.cpu() for name, t in tensors.items()})
