@@ -31,3 +31,16 @@ def human(size: float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.3g} {unit}"
         size /= 1000
     raise AssertionError
+
+
+def available_memory(device: str) -> int:
+    """Bytes of memory free for work on `device` (auto: a GPU if there is one)."""
+    import torch
+
+    if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()):
+        return torch.cuda.mem_get_info(device if ":" in device else None)[0]
+    try:
+        pages = {line.split(":")[0]: int(line.split()[1]) for line in open("/proc/meminfo", encoding="ascii") if ":" in line}  # noqa: SIM115
+        return pages["MemAvailable"] * 1024
+    except (OSError, KeyError):
+        return 8_000_000_000

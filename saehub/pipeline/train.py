@@ -83,7 +83,8 @@ class Trainee:
 
         x_ND = rows[self.job.site] * self.scale_in
         y_ND = rows[self.job.target_site] * self.scale_out if self.job.target_site else None
-        if self.carry:
+        held = next(iter(self.carry.values())).shape[0] if self.carry else 0
+        if held:
             x_ND = torch.cat([self.carry["x"], x_ND])
             y_ND = None if y_ND is None else torch.cat([self.carry["y"], y_ND])
         batch, position = self.job.batch, 0
@@ -99,9 +100,11 @@ class Trainee:
             position += count * batch
             self.step += count
             self.report()
-        self.carry = {} if stop.is_set() and position + batch <= x_ND.shape[0] else {"x": x_ND[position:].clone()}
+        stopped = position + batch <= x_ND.shape[0] and self.step < self.job.steps
+        end = held if stopped else x_ND.shape[0]  # stopped inside the block: what was carried stays, the block is extracted again
+        self.carry = {"x": x_ND[position:end].clone()} if position < end else {}
         if y_ND is not None and self.carry:
-            self.carry["y"] = y_ND[position:].clone()
+            self.carry["y"] = y_ND[position:end].clone()
 
     _told = 0.0
 
@@ -196,11 +199,7 @@ def _finish(context: Context, trainee: Trainee, stream: BlockStream, elapsed: fl
 
     job, stage, plan = trainee.job, trainee.stage, context.plan
     sae = trainee.session.finish().to("cpu")
-    if job.target_site:
-        raise StageFailed("transcoders need a second scale when normalisation is folded", where=stage.id) if (
-            trainee.scale_in != trainee.scale_out
-        ) else None
-    sae = sae.scale_input(trainee.scale_in) if trainee.scale_in != 1.0 else sae
+    sae = sae.scale_input(trainee.scale_in, trainee.scale_out)
     sae.provenance.update(provenance(context, trainee, stream))
     bad = [name for name, tensor in sae.tensors().items() if not torch.isfinite(tensor.float()).all()]
     if bad:

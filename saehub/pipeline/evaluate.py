@@ -1,0 +1,154 @@
+"""Evaluation stages in; Measurement rows in the store out: stages of one evaluator run together, and each SAE's rows are kept under its own key."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from saehub.api import EvalContext, EvalDataset, Measurement, ModelSpec, Rows, Subject
+from saehub.errors import Interrupted, StageFailed
+from saehub.jsonio import read_json, write_json_atomic
+
+if TYPE_CHECKING:
+    from saehub.pipeline.context import Context
+    from saehub.pipeline.plan import Stage
+
+
+@dataclass
+class HubEvalContext(EvalContext):
+    """An EvalContext that can be described to a worker process."""
+
+    spec: dict[str, Any] | None = None
+
+
+def open_context(spec: dict[str, Any], *, model: Any = None, extractor: Any = None, emit: Any = None) -> HubEvalContext:
+    """Build the context from plain data: here, or in the worker that received it.
+
+    `spec`: subjects [{id, path, site, target_site}], model (ModelSpec fields or None), datasets {name: folder}, extractor {address, config},
+    seed, device, work_dir, lm_batch.
+    """
+    from saehub.checkpoint.format import load, read_header, tensors_hash
+    from saehub.data.tokens import TokenDataset
+
+    subjects = []
+    for item in spec["subjects"]:
+        sae = load(item["path"]).to(spec["device"])
+        digest = tensors_hash(read_header(item["path"])["tensors"])
+        subjects.append(Subject(item["id"], sae, Path(item["path"]), item["site"], item["target_site"], digest))
+    if model is None and spec["model"] is not None:
+        from saehub.data.model import ModelHandle
+
+        model = ModelHandle.load(ModelSpec(**spec["model"]))
+    opened = {name: TokenDataset.open(Path(folder)) for name, folder in spec["datasets"].items()}
+    datasets = {name: EvalDataset(name, tokens, tokens.hash) for name, tokens in opened.items()}
+
+    def rows(dataset: EvalDataset, sites: Sequence[str]) -> Iterator[Rows]:
+        session = _extractor(spec, extractor).open(model, dataset.tokens, list(sites), lm_batch=spec["lm_batch"])
+        try:
+            for batch in range(session.n_batches):
+                yield session.rows(batch)
+        finally:
+            session.close()
+
+    work_dir = Path(spec["work_dir"])
+    work_dir.mkdir(parents=True, exist_ok=True)
+    return HubEvalContext(
+        subjects, model, datasets, spec["seed"], spec["device"], work_dir, spec["lm_batch"], emit or (lambda event: None), rows, spec=spec
+    )
+
+
+def _extractor(spec: dict[str, Any], given: Any) -> Any:
+    if given is not None:
+        return given
+    from saehub.pipeline.components import make_local
+
+    return make_local("extractor", spec["extractor"]["address"], spec["extractor"]["config"])
+
+
+def evaluate_stages(context: Context, stages: list[Stage]) -> None:
+    """Run all pending stages of one evaluator entry in one call, and store each stage's rows."""
+    plan = context.plan
+    first = stages[0]
+    registered = plan.catalog.find("evaluator", first.component)
+    needs = set(registered.component.needs)
+    started = time.monotonic()
+    for stage in stages:
+        context.events("stage_started", stage.id, detail=stage.detail)
+
+    def emit(event: dict) -> None:
+        if context.stop.is_set():
+            raise Interrupted("stopped while evaluating", fix="the same command goes on; finished stages are kept")
+        done = event.get("progress", 0.0)
+        context.events("progress", first.id, done=round(100 * done), total=100, unit="%", metrics={}, text=event.get("text", ""))
+
+    spec = evaluation_spec(context, stages, needs)
+    evaluator = context.components.make(registered, first.spec["config"])
+    local = not registered.component.requires
+    request = open_context(
+        spec,
+        model=context.model if local and "model" in needs else None,
+        extractor=context.extractor if local and "tokens" in needs else None,
+        emit=emit,
+    )
+    rows = [replace(row, version=row.version or registered.version) for row in evaluator.evaluate(request)]
+    _check_rows(rows, registered.address, [subject.id for subject in request.subjects])
+    seconds = time.monotonic() - started
+    for stage in stages:
+        ids = {subject.partition("/")[2] for subject in stage.spec["subjects"]}
+        own = [row for row in rows if set(row.subjects) <= ids or not row.subjects]
+        if not own:
+            raise StageFailed(f"{registered.address} returned no measurement for {', '.join(sorted(ids))}", where=stage.id)
+        with plan.store.create("evaluate", stage.key, context.manifest(stage, seconds=seconds)) as folder:
+            write_json_atomic(folder / "measurements.json", {"schema": 1, "measurements": [row.to_json() for row in own]})
+        context.events("stage_finished", stage.id, seconds=seconds, path=str(stage.where))
+
+
+def evaluation_spec(context: Context, stages: list[Stage], needs: set[str]) -> dict[str, Any]:
+    """What `open_context` needs, for the SAEs of `stages`."""
+    plan = context.plan
+    extract = plan.recipe.extract
+    subjects = {subject: plan.stage(subject) for stage in stages for subject in stage.spec["subjects"]}
+    datasets = [stage for stage in plan.of("tokens") if stage.spec["name"] != "train"] if needs & {"tokens", "sequences"} else []
+    return {
+        "subjects": [subject_spec(name.partition("/")[2], stage.where / "checkpoint", stage.detail.get("site")) for name, stage in subjects.items()],
+        "model": asdict(plan.model) if plan.model and "model" in needs else None,
+        "datasets": {stage.spec["name"]: str(stage.where) for stage in datasets},
+        "extractor": {"address": plan.catalog.find("extractor", extract.uses).address, "config": dict(extract.with_)},
+        "seed": stages[0].spec["seed"],
+        "device": context.device,
+        "work_dir": str(plan.base / "work" / stages[0].key[:20]),
+        "lm_batch": extract.lm_batch,
+    }
+
+
+def subject_spec(name: str, path: Path, site: str | None = None) -> dict[str, Any]:
+    """One SAE by path; the site is the recipe's, else the checkpoint's own."""
+    from saehub.checkpoint.format import read_header
+
+    header = read_header(path)
+    known = header.get("provenance", header)
+    return {"id": name, "path": str(path), "site": site or known.get("site"), "target_site": known.get("target_site")}
+
+
+def _check_rows(rows: list[Measurement], address: str, ids: list[str]) -> None:
+    for row in rows:
+        if not isinstance(row, Measurement):
+            raise StageFailed(f"{address} returned a {type(row).__name__}", fix="an evaluator returns saehub.Measurement rows")
+        foreign = set(row.subjects) - set(ids)
+        if foreign:
+            raise StageFailed(f"{address} measured {sorted(foreign)[0]!r}, which it was not given", where=row.metric)
+
+
+def read_measurements(folder: Path) -> list[Measurement]:
+    """The rows of a finished evaluation stage."""
+    return [measurement(data) for data in read_json(Path(folder) / "measurements.json")["measurements"]]
+
+
+def measurement(data: dict[str, Any]) -> Measurement:
+    """A row back from `Measurement.to_json`."""
+    return Measurement(**{**data, "subjects": tuple(data["subjects"]), "subject_hashes": tuple(data["subject_hashes"])})
+
+
