@@ -1,0 +1,80 @@
+"""`sys.argv` in; one command run, its failure told in words, and an exit code out. Imports click and nothing heavier."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import click
+
+from saehub import __version__
+from saehub.cli import failure
+from saehub.cli.lazy import LazyGroup
+from saehub.cli.talk import State
+
+COMMANDS = {
+    "recipe": ("saehub.cli.recipe:recipe", "List, copy, check, plan and run recipes."),
+    "convert": ("saehub.cli.checkpoint:convert", "Write a checkpoint in another library's format, with a certificate."),
+    "inspect": ("saehub.cli.checkpoint:inspect", "Say what a checkpoint is: architecture, shapes, site, provenance."),
+    "verify": ("saehub.cli.checkpoint:verify", "Prove that a checkpoint still is what it says."),
+    "eval": ("saehub.cli.evaluate:evaluate", "Measure one checkpoint with one evaluator."),
+    "plugins": ("saehub.cli.plugins:plugins", "List the plugins and what they provide."),
+    "runs": ("saehub.cli.runs:runs", "List, show, compare and replay runs; clear the store."),
+    "doctor": ("saehub.cli.doctor:doctor", "Check this machine, and say what to do next."),
+}
+
+
+@click.command(
+    cls=LazyGroup,
+    table=COMMANDS,
+    epilog="""\b
+    Exit codes:
+      0 ok                                  3 a library is missing
+      1 a check or a verification failed    4 a stage failed
+      2 wrong usage, or a faulty recipe     130 interrupted, state saved
+
+    \b
+    Environment:
+      SAEHUB_HOME=DIR    where runs and the store live (default: ./.saehub)
+      SAEHUB_TRACE=1     add the traceback to an error
+      NO_COLOR=1         no colour""",
+)
+@click.version_option(__version__, "--version", prog_name="saehub", message="%(prog)s %(version)s", help="Print the version.")
+def cli() -> None:
+    """Train, evaluate, convert and export sparse autoencoders with any library.
+
+    \b
+    Start here:
+      saehub recipe run topk-llama     train, evaluate and export on the model in the box
+      saehub recipe ls                 what else there is
+      saehub doctor                    check this machine
+    """
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The console script: runs `argv` (default: the process's own) and exits."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal that cannot write "±" gets "?", not a crash
+            stream.reconfigure(errors="replace")
+    code = run(argv)
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader is gone; keep Python's own flush at exit from complaining
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = code or failure.READER_GONE
+    sys.exit(code)
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; every failure is told on stderr."""
+    state = State()
+    try:
+        code = cli.main(args=argv, prog_name="saehub", standalone_mode=False, obj=state)
+    except BaseException as error:  # noqa: BLE001  KeyboardInterrupt and SystemExit have exit codes, too
+        return failure.tell(error, state)
+    return code if isinstance(code, int) else 0
+
+
+if __name__ == "__main__":
+    main()

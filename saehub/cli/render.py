@@ -1,0 +1,268 @@
+"""Tables, results, plans and progress in; what a terminal shows out. The only module that imports rich."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from saehub.cli.running import Pace, line, metrics_text, took
+from saehub.cli.talk import clean, colour, interactive
+from saehub.report import numbers
+from saehub.report.table import Group, Row, dataset_label, groups
+
+STATUS = {"ok": "green", "cached": "green", "resume": "yellow", "run": "", "broken": "red", "failed": "red", "disabled": "dim", "not measured": "yellow",
+          "not verified": "yellow", "warning": "yellow", "missing": "yellow", "a better": "green", "b better": "green"}  # fmt: skip
+"""Words that have a colour wherever they fill a cell."""
+
+
+def console(*, err: bool = False) -> Console:
+    """A console without markup (names from files are not ours) and as wide as its text where nobody looks."""
+    stream = sys.stderr if err else sys.stdout
+    width = None if interactive(stream) else int(os.environ.get("COLUMNS") or 200)
+    return Console(file=stream, markup=False, highlight=False, emoji=False, width=width, no_color=not colour(stream))
+
+
+def show(what: RenderableType) -> None:
+    """Print on stdout; without trailing blanks where a program may read it."""
+    screen = console()
+    if screen.is_terminal:
+        return screen.print(what)
+    with screen.capture() as held:
+        screen.print(what)
+    for text in held.get().rstrip("\n").split("\n"):
+        print(text.rstrip())
+
+
+def text(value: object, style: str = "") -> Text:
+    """A cell: control characters made visible, known status words coloured."""
+    words = clean("" if value is None else value)
+    return Text(words, style=style or STATUS.get(words, ""))
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str = "", right: Iterable[str] = ()) -> None:
+    """A listing: a bold heading, one line an entry; `right` names the columns of numbers."""
+    grid = _grid(columns, right)
+    for row in rows:
+        grid.add_row(*(item if isinstance(item, Text) else text(item) for item in row))
+    if title:
+        show(Text(clean(title), style="bold"))
+    show(grid)
+
+
+def _grid(columns: Sequence[str], right: Iterable[str] = ()) -> Table:
+    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
+    for name in columns:
+        grid.add_column(Text(name), justify="right" if name in set(right) else "left", overflow="fold")
+    return grid
+
+
+def facts(pairs: Iterable[tuple[str, object]]) -> None:
+    """`name   value` lines."""
+    grid = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, value in pairs:
+        grid.add_row(text(name), text(value))
+    show(grid)
+
+
+# ---------------------------------------------------------------- results
+
+
+def results(measurements: Iterable[Any]) -> None:
+    """One table an SAE: metric, direction, value ± standard error by dataset, n; then the caveats."""
+    found = groups(measurements)
+    if not found:
+        return show(Text("no measurements"))
+    for i, group in enumerate(found):
+        if i:
+            show(Text(""))
+        _group(group)
+
+
+def _group(group: Group) -> None:
+    makers = list(dict.fromkeys(f"{row.evaluator} {row.version}".strip() for row in group.rows))
+    head = Text.assemble((clean(group.title), "bold"), (f"   {makers[0]}" if len(makers) == 1 else "", "dim"))
+    columns = ["metric", "", *(_column(name) for name in group.datasets), "n"] + (["evaluator"] if len(makers) > 1 else [])
+    grid = _grid(columns, right=[_column(name) for name in group.datasets])
+    notes: list[str] = []
+    for row in group.rows:
+        cells = [_cell(row, name, notes) for name in group.datasets]
+        grid.add_row(text(row.metric), Text(row.arrow, style="dim"), *cells, text(_n(row), "dim"), *([text(row.evaluator, "dim")] if len(makers) > 1 else []))
+    show(head)
+    show(grid)
+    for i, note in enumerate(notes, 1):
+        show(Text(f"[{i}] {clean(note)}", style="dim"))
+
+
+def _column(name: str | None) -> str:
+    return clean(dataset_label(name)) if name is not None else "no dataset"
+
+
+def _cell(row: Row, dataset: str | None, notes: list[str]) -> Text:
+    cell = row.cells.get(dataset)
+    if cell is None:
+        return Text("")
+    found = text(cell.text)
+    remark = cell.note if cell.status == "ok" else cell.reason or cell.note
+    if remark:
+        if remark not in notes:
+            notes.append(remark)
+        found.append(f" [{notes.index(remark) + 1}]", style="dim")
+    return found
+
+
+def _n(row: Row) -> str:
+    """`256 sequences`, or `256 | 200 sequences` where the datasets differ."""
+    counted = [cell for cell in row.cells.values() if cell.n is not None]
+    if not counted:
+        return ""
+    sizes = list(dict.fromkeys(numbers.count(cell.n) for cell in counted))
+    return f"{' | '.join(sizes)} {counted[0].unit}".strip()
+
+
+def comparison(differences: Iterable[Any], names: tuple[str, str]) -> None:
+    """The rows of `runs compare`: both values, the difference with its standard error, and the verdict."""
+    ranks = {"a better": f"{names[0]} better", "b better": f"{names[1]} better"}
+    grid = _grid(["SAE", "metric", "dataset", *names, "difference", "verdict"], right=[*names, "difference"])
+    for item in differences:
+        same = item.subjects_a == item.subjects_b
+        sae = "+".join(item.subjects_a) if same else f"{'+'.join(item.subjects_a)} → {'+'.join(item.subjects_b)}"
+        verdict = text(ranks.get(item.verdict, item.verdict), "green" if item.verdict in ranks else "")
+        if item.reason:
+            verdict.append(f": {clean(item.reason)}", style="dim")
+        mark = " paired" if item.paired else ""
+        grid.add_row(
+            text(sae), text(item.metric), text(dataset_label(item.dataset)), text(numbers.with_error(item.a, item.stderr_a)),
+            text(numbers.with_error(item.b, item.stderr_b)), text(numbers.signed(item.delta, item.stderr) + mark), verdict,
+        )  # fmt: skip
+    show(grid)
+
+
+# ---------------------------------------------------------------- plan
+
+
+def plan(made: Any) -> None:
+    """The stages of a plan: what each is, its key, whether it is cached, and what the whole will cost."""
+    grid = _grid(["stage", "component", "what", "key", "state"])
+    for stage in made.stages:
+        grid.add_row(text(stage.id), text(stage.component or "-"), text(detail(stage.detail)), text(stage.key[:8], "dim"), state(stage))
+    show(grid)
+    show(Text(""))
+    facts([*totals(made), ("run folder", made.run_dir)])
+
+
+def state(stage: Any) -> Text:
+    """`cached`, `resume`, `run`, or what is missing."""
+    if stage.missing and not stage.cached:
+        return Text(f"missing {clean(', '.join(stage.missing))}", style="yellow")
+    return text("cached" if stage.cached else "resume" if stage.partial else "run")
+
+
+def totals(made: Any) -> list[tuple[str, str]]:
+    """Model, memory and disk, as far as the plan knows them."""
+    cost, lines = made.totals, []
+    if made.model:
+        shape = f" · {made.shape.n_layers} layers · width {made.shape.d_model}" if made.shape else ""
+        lines.append(("model", f"{made.model.name}{shape} · {made.model.dtype} on {made.model.device}"))
+    if cost.get("peak_memory"):
+        parts = [(name, cost.get(f"{name}_memory")) for name in ("model", "train", "block")]
+        shown = " + ".join(f"{numbers.size(n)} {name}" for name, n in parts if n)
+        lines.append(("memory", f"about {numbers.size(cost['peak_memory'])} ({shown})"))
+    if cost.get("activation_bytes"):
+        kept = {"spool": "on disk while the run lasts", "disk": "kept on disk", "none": "not stored"}.get(cost.get("store"), str(cost.get("store")))
+        lines.append(("activations", f"{numbers.size(cost['bytes_per_token'])} a token · {numbers.size(cost['activation_bytes'])} in all, {kept}"))
+    if cost.get("disk_free") is not None:
+        lines.append(("disk", f"{numbers.size(cost['disk_free'])} free"))
+    cached = sum(stage.cached for stage in made.stages)
+    lines.append(("stages", f"{len(made.stages)}, of which {cached} cached"))
+    return lines
+
+
+DETAILS = {
+    "rows": lambda n: f"{numbers.count(n)} rows", "tokens": lambda n: f"{numbers.count(n)} tokens", "steps": lambda n: f"{numbers.count(n)} steps",
+    "batch": lambda n: f"batch {numbers.count(n)}", "context": lambda n: f"context {n}", "d_sae": lambda n: f"{numbers.count(n)} latents", "d_in": lambda n: f"width {n}",
+    "bytes": lambda n: f"disk {numbers.size(n)}", "disk": lambda n: f"disk {numbers.size(n)}", "memory": lambda n: f"memory {numbers.size(n)}",
+    "seconds": lambda n: f"about {numbers.duration(n)}",
+}  # fmt: skip
+"""How the numbers of a stage's `detail` are said; any other is `name value`."""
+
+
+def detail(data: Mapping[str, Any]) -> str:
+    """`1,000,000 rows · 488 steps · 1,024 latents · memory 80.0 MB`."""
+    words = []
+    for name, value in data.items():
+        if value is None or value == "" or isinstance(value, bool) and not value:
+            continue
+        if name in DETAILS and isinstance(value, (int, float)):
+            words.append(DETAILS[name](value))
+        elif isinstance(value, (list, tuple)):
+            words.append(f"{name.replace('_', ' ')} {', '.join(map(str, value))}")
+        elif isinstance(value, Mapping):
+            words.append(detail(value))
+        else:
+            words.append(name.replace("_", " ") if value is True else f"{name.replace('_', ' ')} {value}")
+    return " · ".join(words)
+
+
+# ---------------------------------------------------------------- progress
+
+
+class _Metrics(ProgressColumn):
+    """Loss, FVU, L0 and dead share of a training, or the text of another stage."""
+
+    def render(self, task: Task) -> Text:
+        return Text(task.fields.get("told", ""), style="cyan")
+
+
+class _Pace(ProgressColumn):
+    """Tokens a second and the time to go, as the pipeline measured them."""
+
+    def render(self, task: Task) -> Text:
+        return Text(task.fields.get("pace", ""), style="dim")
+
+
+class Bars:
+    """Reads the event stream and keeps one bar for every stage at work; finished stages become lines above them."""
+
+    def __init__(self, screen: Console | None = None):
+        self._bars = Progress(
+            SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), TextColumn("{task.percentage:>3.0f}%", markup=False), _Metrics(), _Pace(),
+            console=screen or console(err=True), transient=True, redirect_stdout=False, redirect_stderr=True,
+        )  # fmt: skip
+        self._tasks: dict[str | None, Any] = {}
+        self._began: dict[str | None, float] = {}
+        self._pace = Pace()
+
+    def __enter__(self) -> Bars:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def __call__(self, event: Any) -> None:
+        """Draw one event."""
+        stage, data = event.stage, event.data
+        if event.kind in ("stage_started", "progress") and stage not in self._tasks:
+            self._began[stage] = event.t
+            self._tasks[stage] = self._bars.add_task(clean(stage or "run"), total=None, told="", pace="")
+        if event.kind == "progress":
+            told = metrics_text(data.get("metrics") or {}) or clean(data.get("text") or "")
+            self._bars.update(self._tasks[stage], completed=data.get("done") or 0, total=data.get("total"), told=told, pace=self._pace.text(event))
+        elif event.kind != "stage_started":
+            ended = event.kind in ("stage_finished", "stage_failed")
+            if ended and stage in self._tasks:
+                self._bars.remove_task(self._tasks.pop(stage))
+            words = line(event, took(event, event.t - self._began[stage] if stage in self._began else None) if ended else "")
+            if words:
+                mark = {"stage_finished": ("✓ ", "green"), "stage_cached": ("✓ ", "green"), "stage_failed": ("✗ ", "red")}.get(event.kind, ("  ", ""))
+                self._bars.console.print(Text.assemble(mark, Text.from_ansi(words)))

@@ -1,0 +1,178 @@
+"""A plan in; its run, watched on stderr (or as JSON lines on stdout), its results table on stdout and an exit code out."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from saehub.cli.talk import clean, interactive, out_json_line, plain, say, style
+from saehub.report import numbers
+
+
+def run_plan(plan: Any, *, as_json: bool = False) -> int:
+    """Run and print; errors of stages are raised by the pipeline and told by `failure`."""
+    from saehub.pipeline.run import run
+
+    if as_json:
+        result = run(plan, listeners=(json_line,))
+        out_json_line(summary(result))
+        return exit_code(result)
+    from saehub.cli import render
+
+    say(f"run folder: {plan.run_dir}")
+    watcher = render.Bars() if interactive(sys.stderr) else Lines(say)
+    with watcher:
+        result = run(plan, listeners=(watcher,))
+    render.results(result.measurements)
+    farewell(result)
+    return exit_code(result)
+
+
+def exit_code(result: Any) -> int:
+    """0 for a finished run, 4 where the pipeline finished but a part failed."""
+    from saehub.cli.failure import OK, STAGE
+
+    return OK if result.status in ("ok", "finished") else STAGE
+
+
+def summary(result: Any) -> dict:
+    """The last line of `run --json`."""
+    from saehub.cli.talk import SCHEMA
+
+    return {
+        "schema": SCHEMA,
+        "kind": "summary",
+        "status": result.status,
+        "run_dir": str(result.run_dir),
+        "report": str(result.run_dir / "report.html"),
+        "measurements": [row.to_json() for row in result.measurements],
+    }
+
+
+def farewell(result: Any) -> None:
+    """Where things are, and what one may do next."""
+    say()
+    say(f"report:  {result.run_dir / 'report.html'}")
+    for folder in sorted((result.run_dir / "checkpoints").glob("*")):
+        say(f"SAE:     saehub.load({str(folder)!r})")
+    say(f"next:    saehub runs show {clean(result.run_dir.name)}")
+
+
+def json_line(event: Any) -> None:
+    """One event, one line of stdout."""
+    out_json_line({"kind": event.kind, "stage": event.stage, "t": event.t, "data": plain(event.data)})
+
+
+def metrics_text(metrics: dict[str, float]) -> str:
+    """`loss 0.412 · FVU 0.1312 · L0 32.0 · dead 0.4 %`, in this order, then whatever else the trainer tells."""
+    words = []
+    for name, label in (("loss", "loss"), ("fvu", "FVU"), ("l0", "L0"), ("dead", "dead")):
+        if metrics.get(name) is not None:
+            number = metrics[name]
+            words.append(f"{label} {numbers.percent(number) if name == 'dead' else f'{number:.1f}' if name == 'l0' else f'{number:.4g}'}")
+    return " · ".join(words)
+
+
+class Pace:
+    """Progress events in; how fast each stage is and how long it still takes, out: over the last 20 seconds of work."""
+
+    WINDOW = 20.0
+
+    def __init__(self) -> None:
+        self._seen: dict[str | None, list[tuple[float, float, float]]] = {}
+
+    def text(self, event: Any) -> str:
+        """`12.3k tokens/s · 1 min 02 s to go`; empty until two events were seen."""
+        data, done = event.data, event.data.get("done")
+        if done is None:
+            return ""
+        history = self._seen.setdefault(event.stage, [])
+        history.append((event.t, done, data.get("rows") or 0))
+        while len(history) > 2 and event.t - history[1][0] > self.WINDOW:
+            history.pop(0)
+        (t0, done0, rows0), (t1, done1, rows1) = history[0], history[-1]
+        if t1 <= t0 or done1 <= done0:
+            return ""
+        words = []
+        if rows1 > rows0:
+            words.append(f"{numbers.short((rows1 - rows0) / (t1 - t0))} tokens/s")
+        elif data.get("unit") not in ("%", None, ""):
+            words.append(f"{numbers.short((done1 - done0) / (t1 - t0))} {data['unit']}/s")
+        if data.get("total") and done1 < data["total"]:
+            words.append(f"{numbers.duration((data['total'] - done1) * (t1 - t0) / (done1 - done0))} to go")
+        return " · ".join(words)
+
+
+class Lines:
+    """The events as plain lines, for a log file or a CI page: starts and ends of stages, and one line of progress every 30 s.
+
+    Where several stages are at work, they take turns.
+    """
+
+    def __init__(self, write: Callable[[str], None], every: float = 30.0, clock: Callable[[], float] = time.monotonic):
+        self.write, self.every, self.clock = write, every, clock
+        self._last = clock()
+        self._began: dict[str | None, float] = {}
+        self._latest: dict[str | None, str] = {}
+        self._pace = Pace()
+
+    def __enter__(self) -> Lines:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def __call__(self, event: Any) -> None:
+        """Print what of the event a log should have."""
+        stage, now = event.stage, self.clock()
+        if event.kind == "stage_started":
+            self._began[stage] = now
+            self.write(f"{stage}: started")
+        elif event.kind == "progress":
+            parts = (position(event.data), metrics_text(event.data.get("metrics") or {}), self._pace.text(event))
+            self._latest[stage] = f"{stage}: " + " · ".join(text for text in parts if text)
+            if now - self._last >= self.every:
+                self._last = now
+                turn = next(iter(self._latest))
+                self.write(self._latest.pop(turn))  # told; it is at the back of the queue when it moves again
+        else:
+            self._latest.pop(stage, None)
+            text = line(event, took(event, now - self._began[stage] if stage in self._began else None))
+            if text:
+                self.write(text)
+
+
+def took(event: Any, measured: float | None) -> str:
+    """How long the stage took: its own word, or what was measured here."""
+    seconds = event.data.get("seconds", measured)
+    return numbers.duration(seconds) if isinstance(seconds, (int, float)) else ""
+
+
+def position(data: dict[str, Any]) -> str:
+    """`40 % of 488 steps`, or what is known of it."""
+    done, total, unit, text = data.get("done"), data.get("total"), data.get("unit") or "", clean(data.get("text") or "")
+    if done is None or not total:
+        return text or (f"{numbers.count(done)} {unit}".strip() if done is not None else "at work")
+    share = f"{100 * done / total:.0f} %"
+    return " · ".join(part for part in (share if unit in ("%", "") else f"{share} of {numbers.count(total)} {unit}", text) if part)
+
+
+def line(event: Any, took: str = "") -> str:
+    """One line for an event that is not progress; empty where nobody needs one."""
+    text = clean(event.data.get("text", ""))
+    if event.kind == "stage_cached":
+        return f"{event.stage}: cached" + (f" ({text})" if text else "")
+    if event.kind == "stage_finished":
+        return f"{event.stage}: done" + (f" in {took}" if took else "")
+    if event.kind == "stage_failed":
+        what = (event.data.get("error") or {}).get("what", "")
+        return style(f"{event.stage}: failed", fg="red") + (f": {clean(what)}" if what else "")
+    if event.kind == "log":
+        return f"{event.stage}: {text}" if event.stage else text
+    if event.kind == "warning":
+        return style("warning", fg="yellow") + f": {event.stage + ': ' if event.stage else ''}{text}"
+    if event.kind == "interrupted":
+        return "interrupted; the state is saved, and the same command goes on"
+    return ""

@@ -1,0 +1,110 @@
+"""A run folder in; its card, lock, results, events and checkpoints out, as far as they exist; imports nothing heavy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from saehub.api import Measurement
+from saehub.errors import FormatError, UsageError, did_you_mean
+from saehub.jsonio import read_json
+from saehub.report import table
+
+MARKS = ("recipe.lock", "run_card.json", "results.json")
+"""A folder with one of these is a run folder."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """One run on disk; every part is read on first use, and absent parts are empty."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.path.name
+
+    def _json(self, name: str) -> dict:
+        file = self.path / name
+        data = read_json(file) if file.is_file() else {}
+        if not isinstance(data, dict):
+            raise FormatError(f"{file} is not a JSON object", why=f"it holds a {type(data).__name__}", fix="run the recipe again")
+        return data
+
+    @cached_property
+    def card(self) -> dict[str, Any]:
+        """`run_card.json`: the facts that the pipeline recorded."""
+        return self._json("run_card.json")
+
+    @cached_property
+    def lock(self) -> dict[str, Any]:
+        """`recipe.lock`: keys, versions, hashes."""
+        return self._json("recipe.lock")
+
+    @cached_property
+    def measurements(self) -> list[Measurement]:
+        """`results.json`."""
+        return [table.measurement(row) for row in self._json("results.json").get("measurements", [])]
+
+    @cached_property
+    def events(self) -> list:
+        """`events.jsonl` (`saehub.pipeline.events.Event`)."""
+        from saehub.pipeline.events import read_events
+
+        file = self.path / "events.jsonl"
+        return read_events(file) if file.is_file() else []
+
+    @property
+    def status(self) -> str:
+        """`finished`, `failed`, `interrupted`, `unfinished`, as the last telling event has it."""
+        words = {"run_finished": "finished", "stage_failed": "failed", "interrupted": "interrupted", "run_started": "unfinished"}
+        told = next((words[event.kind] for event in reversed(self.events) if event.kind in words), None)
+        if told == "finished":
+            return str(self.card.get("status") or self.events[-1].data.get("status") or "finished")
+        return told or str(self.card.get("status") or "unknown")
+
+    @property
+    def when(self) -> float | None:
+        """Seconds since the epoch at which the run (last) started."""
+        return next((event.t for event in reversed(self.events) if event.kind == "run_started"), None)
+
+    def checkpoints(self) -> dict[str, Path]:
+        """`{"native-k32": folder}` of the finished checkpoints."""
+        folder = self.path / "checkpoints"
+        return {path.name: path for path in sorted(folder.glob("*")) if (path / "saehub.json").is_file()} if folder.is_dir() else {}
+
+    def exports(self) -> dict[str, dict[str, Path]]:
+        """`{"saelens": {"native-k32": folder}}`."""
+        folder = self.path / "exports"
+        if not folder.is_dir():
+            return {}
+        return {form.name: {path.name: path for path in sorted(form.iterdir()) if path.is_dir()} for form in sorted(folder.iterdir()) if form.is_dir()}
+
+
+def is_run(path: Path) -> bool:
+    """Whether `path` is a run folder."""
+    return path.is_dir() and any((path / mark).is_file() for mark in MARKS)
+
+
+def find(name: str, known: Iterable[Path]) -> RunFolder:
+    """A run by path (also of its run_card.json), by name, by the unique beginning of its name, or `last`; else a UsageError."""
+    known = list(known)
+    path = Path(name)
+    if path.name in (*MARKS, "run_card.md", "report.html") and path.is_file():
+        path = path.parent
+    if is_run(path):
+        return RunFolder(path.absolute())
+    if name == "last" and known:
+        return RunFolder(known[-1])
+    hits = [run for run in known if run.name == name] or [run for run in known if run.name.startswith(name)]
+    if len(hits) == 1:
+        return RunFolder(hits[0])
+    names = [run.name for run in known]
+    if hits:
+        raise UsageError(f"{name!r} is the beginning of {len(hits)} runs", why=", ".join(run.name for run in hits), fix="write one of them in full")
+    why = f"{path} is a folder, but has no {', '.join(MARKS[:-1])} or {MARKS[-1]}" if path.is_dir() else None
+    raise UsageError(f"there is no run {name!r}{did_you_mean(name, names)}", why=why, fix="saehub runs ls" if names else "saehub recipe run topk-llama")

@@ -1,0 +1,136 @@
+"""Measurements in; one table an SAE out, with in-sample and out-of-sample side by side: what the terminal and the page both print."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from saehub.api import Measurement
+from saehub.report import numbers
+
+ARROWS = {"higher": "↑", "lower": "↓", "none": ""}
+FIRST = ("in_sample", "out_of_sample")
+"""Datasets that come first, in this order; any other follows in order of appearance, and `no dataset` is last."""
+HEADLINES = ("fvu", "ce_recovered", "l0", "dead")
+"""What one wants to know first, by the beginning of the metric's name."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number on one dataset."""
+
+    text: str
+    """`0.1290 ± 0.0021`, `failed`, or `not measured`."""
+    status: str
+    """`ok`, `failed` or `not_measured`."""
+    value: float | None = None
+    stderr: float | None = None
+    ci: tuple[float, float] | None = None
+    """95 % interval, where the evaluator gives one."""
+    n: int | None = None
+    unit: str = ""
+    reason: str | None = None
+    """Why there is no number."""
+    note: str | None = None
+    """A caveat that goes with the number."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One metric of one SAE (or group of SAEs), over all datasets."""
+
+    subjects: tuple[str, ...]
+    site: str | None
+    metric: str
+    better: str
+    evaluator: str
+    version: str
+    definition: str
+    cells: Mapping[str | None, Cell] = field(default_factory=dict)
+    """dataset name -> cell."""
+
+    @property
+    def arrow(self) -> str:
+        """`↑` where higher is better, `↓` where lower is, else empty."""
+        return ARROWS.get(self.better, "")
+
+
+@dataclass(frozen=True)
+class Group:
+    """All rows of one SAE."""
+
+    subjects: tuple[str, ...]
+    site: str | None
+    datasets: tuple[str | None, ...]
+    rows: tuple[Row, ...]
+
+    @property
+    def title(self) -> str:
+        """`native-k32 · resid_post.2`."""
+        return " · ".join([" + ".join(self.subjects) or "no SAE", *([self.site] if self.site else [])])
+
+
+def measurement(data: Mapping[str, Any] | Measurement) -> Measurement:
+    """A row of `results.json` as a Measurement; unknown keys (a newer saehub's) are left out."""
+    if isinstance(data, Measurement):
+        return data
+    known = {name: data[name] for name in Measurement.__dataclass_fields__ if name in data}
+    for name in ("subjects", "subject_hashes"):
+        known[name] = tuple(known.get(name) or ())
+    return Measurement(**{"metric": "?", "value": None, "evaluator": "?", "definition": "?", **known})
+
+
+def cell(row: Measurement) -> Cell:
+    """What is printed for one measurement."""
+    interval = (row.ci_low, row.ci_high) if row.ci_low is not None and row.ci_high is not None else None
+    if row.status == "ok" and row.value is not None:
+        text = numbers.with_error(row.value, row.stderr)
+        if row.stderr is None and interval:
+            text = f"{numbers.value(row.value)} [{numbers.value(interval[0])}, {numbers.value(interval[1])}]"
+    else:
+        text = "failed" if row.status == "failed" else "not measured"
+    return Cell(text, row.status, row.value, row.stderr, interval, row.n, row.unit_of_n, row.reason, row.note)
+
+
+def rows(measurements: Iterable[Measurement | Mapping[str, Any]]) -> list[Row]:
+    """One row a (SAE, evaluator, metric, definition), in order of appearance, with a cell for each dataset."""
+    found: dict[tuple, Row] = {}
+    for item in map(measurement, measurements):
+        key = (item.subjects, item.site, item.evaluator, item.metric, item.definition)
+        if key not in found:
+            found[key] = Row(item.subjects, item.site, item.metric, item.better, item.evaluator, item.version, item.definition, {})
+        found[key].cells[item.dataset] = cell(item)  # type: ignore[index]
+    return list(found.values())
+
+
+def datasets(table: Iterable[Row]) -> tuple[str | None, ...]:
+    """The columns: in_sample, out_of_sample, others by appearance, then None (measured on no dataset)."""
+    seen = list(dict.fromkeys(name for row in table for name in row.cells))
+    named = [name for name in FIRST if name in seen] + [name for name in seen if name is not None and name not in FIRST]
+    return tuple(named) + ((None,) if None in seen else ())
+
+
+def groups(measurements: Iterable[Measurement | Mapping[str, Any]]) -> list[Group]:
+    """The rows by SAE; every group has the same columns, so that they can be read below each other."""
+    table = rows(measurements)
+    columns = datasets(table)
+    by_sae: dict[tuple, list[Row]] = {}
+    for row in table:
+        by_sae.setdefault((row.subjects, row.site), []).append(row)
+    return [Group(subjects, site, columns, tuple(members)) for (subjects, site), members in by_sae.items()]
+
+
+def headlines(group: Group) -> list[Row]:
+    """At most one row for each of `HEADLINES`: those that an SAE is judged by first."""
+    chosen = []
+    for name in HEADLINES:
+        match = next((row for row in group.rows if row.metric == name), None) or next((row for row in group.rows if row.metric.startswith(name)), None)
+        if match is not None:
+            chosen.append(match)
+    return chosen
+
+
+def dataset_label(name: str | None) -> str:
+    """`in-sample` for `in_sample`; `-` for a number that belongs to no dataset."""
+    return name.replace("_", "-") if name in FIRST else (name or "-")
