@@ -58,7 +58,7 @@ class Context:
         if name not in self._tokens:
             from saehub.data.tokens import TokenDataset
 
-            self._tokens[name] = TokenDataset.open(self.plan.stage(f"tokens/{name}").where)
+            self._tokens[name] = TokenDataset.open(self.plan.stage(f"tokens/{name}").where / "tokens")
         return self._tokens[name]
 
     @cached_property

@@ -115,7 +115,7 @@ def evaluation_spec(context: Context, stages: list[Stage], needs: set[str]) -> d
     return {
         "subjects": [subject_spec(name.partition("/")[2], stage.where / "checkpoint", stage.detail.get("site")) for name, stage in subjects.items()],
         "model": asdict(plan.model) if plan.model and "model" in needs else None,
-        "datasets": {stage.spec["name"]: str(stage.where) for stage in datasets},
+        "datasets": {stage.spec["name"]: str(stage.where / "tokens") for stage in datasets},
         "extractor": {"address": plan.catalog.find("extractor", extract.uses).address, "config": dict(extract.with_)},
         "seed": stages[0].spec["seed"],
         "device": context.device,

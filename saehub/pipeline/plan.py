@@ -106,6 +106,20 @@ def make_plan(recipe: Recipe, catalog: Catalog, *, base: Path | None = None, out
     return _Planner(recipe, catalog, Path(base).absolute() if base else home(), out, strict_cache).plan()
 
 
+def _policy(train: Any) -> dict[str, Any]:
+    """How text becomes tokens; evaluation-only recipes get the defaults of TrainData."""
+    if train is None:
+        from saehub.recipe.schema import TrainData
+
+        train = TrainData(tokens=1)
+    return {"context": train.context, "bos": train.bos, "exclude": list(train.exclude), "template": train.template}
+
+
+def _stands_for(wanted: str, name: str) -> bool:
+    """An id stands for itself, for its sites (`id@site`) and for the members of its sweep (`id-k16-seed1`)."""
+    return name == wanted or name.startswith((f"{wanted}@", f"{wanted}-"))
+
+
 class _Planner:
     def __init__(self, recipe: Recipe, catalog: Catalog, base: Path, out: Path | None, strict_cache: bool):
         self.recipe, self.catalog, self.base, self.out = recipe, catalog, base, out
@@ -169,19 +183,23 @@ class _Planner:
             if extractor and "model" in extractor.component.needs:
                 self._problem("model", f"{extractor.address} needs a model", "model: {name: builtin/tiny-llama}")
             return None, None, None
-        spec = ModelSpec(entry.name, entry.revision, entry.dtype, entry.device, entry.attention)
+        spec = entry.spec()
         try:
             shape = read_shape(entry.name, entry.revision, entry.shape)
         except SaehubError as error:
             self._caught("model", error)
             return spec, None, None
         try:
-            return spec, shape, fingerprint(spec)
-        except SaehubError as error:  # planned from a declared shape: the hub is only needed at run
-            self.warnings.append(f"{entry.name} is not on this machine: sizes are those that model.shape declares; {error.fix or error.what}")
-            return spec, shape, f"unresolved:{entry.name}@{entry.revision or 'main'}"
+            found = fingerprint(spec)
+        except SaehubError as error:
+            self._caught("model", error)
+            return spec, shape, None
+        if "@?" in found:  # planned from a declared shape: the hub is only needed at run
+            self.warnings.append(f"{entry.name} is not on this machine: sizes are those that model.shape declares, and running fetches it from the hub")
+        return spec, shape, found
 
     def _widths(self) -> dict[str, int]:
+        from saehub.data.model import site_width
         from saehub.sites import Site
 
         widths: dict[str, int] = {}
@@ -191,7 +209,7 @@ class _Planner:
                     widths[name] = self.files["widths"][name]
                 else:
                     site = Site.parse(name)
-                    widths[str(site)] = site.width(self.shape)
+                    widths[str(site)] = site.width(self.shape) or site_width(self.recipe.model.spec(), site, self.shape)
             except SaehubError as error:
                 self._caught(f"extract.sites[{index}]", error)
             except KeyError:
@@ -204,15 +222,15 @@ class _Planner:
         data = self.recipe.data
         if not self.needs_text:
             return
-        if data is None or data.train is None:
-            if self.recipe.train:
-                self._problem("data.train", "training needs text", "data: {train: {source: builtin/python-docs, tokens: 1_000_000}}")
+        self.policy = _policy(data.train)
+        if data.train is None and self.recipe.train:
+            self._problem("data.train", "training needs text", "data: {train: {source: builtin/python-docs, tokens: 1_000_000}}")
             return
         train = data.train
-        if self.shape and train.context > self.shape.context:
+        if self.shape and self.policy["context"] > self.shape.context:
             self._problem(
                 "data.train.context",
-                f"{train.context} is longer than the {self.shape.context} tokens that {self.recipe.model.name} accepts",
+                f"{self.policy['context']} is longer than the {self.shape.context} tokens that {self.recipe.model.name} accepts",
                 f"context: {self.shape.context}, or less",
             )
         calibration = self.recipe.extract.calibration
@@ -222,13 +240,11 @@ class _Planner:
             self._token_stage(name, entry.mix, entry.tokens, 0, False, {})
 
     def _token_stage(self, name: str, mix: Iterable[Any], rows: int, calibration: int, repeat: bool, detail: dict) -> None:
-        train = self.recipe.data.train
         mix = tuple(mix)
-        policy = {"context": train.context, "bos": train.bos, "exclude": list(train.exclude), "template": train.template}
         spec = {
             "name": name,
             "mix": mix,
-            "policy": policy,
+            "policy": self.policy,
             "rows": rows,
             "calibration": calibration,
             "repeat": repeat,
@@ -347,8 +363,7 @@ class _Planner:
     def _chosen(self, entry: Any, subjects: list[Stage]) -> list[Stage]:
         if entry.saes is None:
             return subjects
-        ids = {stage.id.partition("/")[2]: stage for stage in subjects}
-        return [stage for name, stage in ids.items() if name in entry.saes or name.partition("@")[0] in entry.saes]
+        return [stage for stage in subjects if any(_stands_for(wanted, stage.id.partition("/")[2]) for wanted in entry.saes)]
 
     def _evaluate(self, subjects: list[Stage]) -> None:
         text = {stage.spec["name"]: stage.key for stage in self.stages if stage.kind == "tokens" and stage.spec["name"] != "train"}

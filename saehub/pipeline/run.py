@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -267,7 +267,9 @@ def _load(context: Context, stages: list[Stage]) -> None:
 def _train(context: Context, stages: list[Stage]) -> None:
     from saehub.pipeline.train import run_pass
 
-    with context.plan.store.lock(stages[0].key, lambda: context.events("log", stages[0].id, text="another process trains this; waiting")):
+    with ExitStack() as locks:
+        for stage in sorted(stages, key=lambda stage: stage.key):  # one order for all processes: no deadlock
+            locks.enter_context(context.plan.store.lock(stage.key, lambda: context.events("log", stage.id, text="another process trains this; waiting")))
         run_pass(context, [stage for stage in stages if not context.plan.store.complete(stage.kind, stage.key)])
 
 
