@@ -14,7 +14,7 @@ import inspect
 import sysconfig
 import tokenize
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,7 +59,7 @@ def documents(source: str, split: str) -> Iterator[Document]:
         raise unknown_name("text source", source, SOURCES)
     if split not in ("train", "heldout"):
         raise unknown_name("split", split, ("train", "heldout"))
-    return _documents(name, (path for path in modules() if split_of(path) == split))
+    return read(name, (path for path in modules() if split_of(path) == split))
 
 
 def split_of(path: str) -> str:
@@ -80,8 +80,8 @@ def library() -> Path:
     return root
 
 
-def modules(tests: bool = False) -> list[str]:
-    """Sorted module paths, relative to the library; `tests=True` gives the test and optional packages *instead* of the library proper."""
+def modules(extra: bool = False) -> list[str]:
+    """Sorted module paths, relative to the library; `extra=True` gives the test and optional packages *instead* of the library proper."""
     root = library()
     found = []
     for file in root.rglob("*.py"):
@@ -89,13 +89,14 @@ def modules(tests: bool = False) -> list[str]:
         parts = path.split("/")
         if _NEVER.intersection(parts) or any(part.startswith(_GENERATED) for part in parts):
             continue
-        extra = bool(_TESTS.intersection(parts)) or parts[0] in _OPTIONAL
-        if extra == tests:
+        apart = bool(_TESTS.intersection(parts)) or parts[0] in _OPTIONAL
+        if apart == extra:
             found.append(path)
     return sorted(found)
 
 
-def _documents(name: str, paths) -> Iterator[Document]:
+def read(name: str, paths: Iterable[str]) -> Iterator[Document]:
+    """The documents of a source in the given modules, in the given order; files that cannot be decoded or parsed are passed over."""
     root = library()
     for path in paths:
         if name == "python-docs" and path == TOPICS:

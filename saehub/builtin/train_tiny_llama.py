@@ -67,8 +67,8 @@ class Recipe:
 
 # ---------------------------------------------------------------- text and tokens
 
-def extra_documents(source: str) -> Iterator[text.Document]:
-    """Train split of the test and optional packages, for training only; tests named after a held-out module are left out."""
+def extra_modules() -> list[str]:
+    """Train split of the test and optional packages, for training only; what is named after a held-out module is left out."""
     stems = set()
     for path in text.modules():
         if text.split_of(path) == "heldout":
@@ -79,8 +79,7 @@ def extra_documents(source: str) -> Iterator[text.Document]:
         names = [part.removesuffix(".py").lstrip("_").removeprefix("test").lstrip("_") for part in path.split("/")]
         return any(name == stem or (len(stem) > 3 and name.startswith(stem)) for name in names for stem in stems)
 
-    paths = [p for p in text.modules(tests=True) if text.split_of(p) == "train" and not about_heldout(p)]
-    return text._documents(source, paths)
+    return [p for p in text.modules(extra=True) if text.split_of(p) == "train" and not about_heldout(p)]
 
 
 def train_tokenizer(recipe: Recipe, corpus: Iterable[str], out: Path) -> None:
@@ -264,7 +263,7 @@ def train(recipe: Recipe, minutes: float, out: Path, state: Path, save_every: fl
     tokenizer = AutoTokenizer.from_pretrained(out)
     streams, data = [], []
     for source in SOURCES:
-        for kind, documents in (("train", text.documents(source, "train")), ("extra", extra_documents(source))):
+        for kind, documents in (("train", text.documents(source, "train")), ("extra", text.read(source, extra_modules()))):
             stream, digest = tokens_of(tokenizer, documents)
             streams.append(stream)
             data.append({"source": source, "part": kind, "tokens": len(stream), "sha256": digest})
