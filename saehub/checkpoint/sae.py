@@ -16,6 +16,8 @@ from saehub.errors import FormatError, NeedsInput, UsageError
 
 CHUNK_ELEMENTS = 2**24
 """Dense pre-activations are held for this many elements at a time (64 MiB in float32)."""
+CAST_ELEMENTS = 2**22
+"""Weights computed with in a wider dtype are cast this many at a time."""
 SPARSE_LIMIT_BYTES = 2**31
 """`encode_sparse` refuses to return more than this (2 GiB) unless told otherwise."""
 
@@ -34,8 +36,9 @@ class SAE(nn.Module):
     """One trained dictionary (the equation is `SAEConfig`'s; the activation is the subclass').
 
     Tensors, as stored: W_enc [d_in, d_sae], b_enc [d_sae], W_dec [d_sae, d_out], b_dec [d_out], W_skip [d_out, d_in] for a skip
-    transcoder, and what the architecture adds. Rows are cast to the dtype of the weights and computed in it; `astype` gives a copy in
-    another dtype. Parameters do not require gradients; inputs may.
+    transcoder, and what the architecture adds. Rows are cast to the dtype of the weights and computed in it, or in `dtype` where one is
+    given: weights are then cast piece by piece, so a float64 replay of a bf16 SAE needs no second copy. Parameters do not require
+    gradients; inputs may.
 
     A subclass gives `activate` and `margin`, and where they differ `specs`, `check`, `preacts`, `max_active`, `rival`, `rounding_scale`,
     `scaled_by_input`.
@@ -103,18 +106,20 @@ class SAE(nn.Module):
         return type(self)(self.config, cast, self.provenance)
 
     # ------------------------------------------------------------------ encoding
-    def encode(self, x: Tensor) -> Tensor:
-        """Rows [..., d_in] to dense features [..., d_sae] in the dtype of the weights."""
-        return self._encode_rows(self._rows(x)).reshape(*x.shape[:-1], self.config.d_sae)
+    def encode(self, x: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+        """Rows [..., d_in] to dense features [..., d_sae], in the dtype of the weights or in `dtype`."""
+        return self._encode_rows(self._rows(x, dtype)).reshape(*x.shape[:-1], self.config.d_sae)
 
-    def encode_sparse(self, x: Tensor, k_max: int | None = None, *, limit_bytes: int = SPARSE_LIMIT_BYTES) -> tuple[Tensor, Tensor]:
+    def encode_sparse(
+        self, x: Tensor, k_max: int | None = None, *, limit_bytes: int = SPARSE_LIMIT_BYTES, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Rows [..., d_in], n of them, to values [n, k_max] and latent indices int64 [n, k_max]: ascending, padded with 0 and -1.
 
         `k_max` defaults to the architecture's k, or else to the greatest number of active latents of a row. A row with more active
         latents than a given `k_max`, and a result beyond `limit_bytes`, are a UsageError. At most `CHUNK_ELEMENTS` pre-activations
         exist at a time.
         """
-        x_BD = self._rows(x)
+        x_BD = self._rows(x, dtype)
         rows, width = x_BD.shape[0], k_max if k_max is not None else self.max_active
         step = max(1, CHUNK_ELEMENTS // self.config.d_sae)
         pieces: list[tuple[Tensor, Tensor]] = []
@@ -138,15 +143,14 @@ class SAE(nn.Module):
                 )
             pieces.append((values, indices))
         if not pieces:
-            empty = x_BD.new_zeros((0, widest), dtype=self.W_dec.dtype)
-            return empty, torch.zeros((0, widest), dtype=torch.int64, device=x_BD.device)
+            return x_BD.new_zeros((0, widest)), torch.zeros((0, widest), dtype=torch.int64, device=x_BD.device)
         padded = [(_pad(values, widest, 0), _pad(indices, widest, -1)) for values, indices in pieces]
         return torch.cat([values for values, _ in padded]), torch.cat([indices for _, indices in padded])
 
     def preacts(self, xp_BD: Tensor) -> Tensor:
         """p = x' W_enc + b_enc, times the decoder norms if the config says so; x' comes from `centre`."""
-        p_BF = xp_BD @ self.W_enc + self.b_enc
-        return p_BF * self._decoder_norms() if self.config.decoder_norm_scaling else p_BF
+        p_BF = matmul(xp_BD, self.W_enc) + self.b_enc
+        return p_BF * self._decoder_norms(p_BF.dtype) if self.config.decoder_norm_scaling else p_BF
 
     def centre(self, x_BD: Tensor) -> Tensor:
         """x' = norm_in(x) - subtract_b_dec * b_dec."""
@@ -167,8 +171,8 @@ class SAE(nn.Module):
 
     def rounding_scale(self, xp_BD: Tensor) -> Tensor:
         """|x'| |W_enc| + |b_enc| [n, d_sae]: what one unit roundoff moves a pre-activation by, in the units of `margin`."""
-        scale_BF = xp_BD.abs() @ self.W_enc.abs() + self.b_enc.abs()
-        return scale_BF * self._decoder_norms() if self.config.decoder_norm_scaling else scale_BF
+        scale_BF = matmul(xp_BD.abs(), self.W_enc, absolute=True) + self.b_enc.abs()
+        return scale_BF * self._decoder_norms(scale_BF.dtype) if self.config.decoder_norm_scaling else scale_BF
 
     @property
     def max_active(self) -> int | None:
@@ -182,15 +186,15 @@ class SAE(nn.Module):
         return pack(self._encode_rows(x_BD))
 
     # ------------------------------------------------------------------ decoding
-    def decode(self, acts: Tensor, like: Tensor | None = None) -> Tensor:
+    def decode(self, acts: Tensor, like: Tensor | None = None, *, dtype: torch.dtype | None = None) -> Tensor:
         """Features [..., d_sae] to the reconstruction [..., d_out]. `like` is the input x [..., d_in]: needed for a run-time output
         norm and for a skip path (else NeedsInput), ignored otherwise."""
         if acts.shape[-1] != self.config.d_sae:
             raise UsageError(f"decode got features of shape {list(acts.shape)}", why=f"expected the last dimension to be d_sae = {self.config.d_sae}")
-        flat_BF = acts.reshape(-1, self.config.d_sae).to(self.W_dec.dtype)
+        flat_BF = acts.reshape(-1, self.config.d_sae).to(dtype or self.W_dec.dtype)
         if self.config.decoder_norm_scaling:
-            flat_BF = flat_BF * self._inverse_decoder_norms()
-        return self._finish(flat_BF @ self.W_dec, like, acts.shape[:-1])
+            flat_BF = flat_BF * self._inverse_decoder_norms(flat_BF.dtype)
+        return self._finish(matmul(flat_BF, self.W_dec), like, acts.shape[:-1], dtype)
 
     def decode_sparse(self, values: Tensor, indices: Tensor, like: Tensor | None = None) -> Tensor:
         """`encode_sparse`'s output [n, k_max] to the reconstruction [n, d_out]; `like` [n, d_in] as in `decode`."""
@@ -198,20 +202,20 @@ class SAE(nn.Module):
         rows = indices.clamp(min=0)
         values = torch.where(kept, values, 0).to(self.W_dec.dtype)
         if self.config.decoder_norm_scaling:
-            values = values * self._inverse_decoder_norms()[rows]
+            values = values * self._inverse_decoder_norms(values.dtype)[rows]
         y_BD = nn.functional.embedding_bag(rows, self.W_dec, per_sample_weights=values, mode="sum")
-        return self._finish(y_BD, like, indices.shape[:-1])
+        return self._finish(y_BD, like, indices.shape[:-1], None)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
         """The reconstruction [..., d_out] of rows [..., d_in], norms and skip path included."""
-        return self.decode(self.encode(x), like=x)
+        return self.decode(self.encode(x, dtype=dtype), like=x, dtype=dtype)
 
     @property
     def needs_input_to_decode(self) -> bool:
         """Whether `decode` must be given `like`."""
         return self.config.norm_out != "none" or self.config.skip
 
-    def _finish(self, y_BD: Tensor, like: Tensor | None, leading: torch.Size) -> Tensor:
+    def _finish(self, y_BD: Tensor, like: Tensor | None, leading: torch.Size, dtype: torch.dtype | None) -> Tensor:
         y_BD = self._add_bias(y_BD)
         if self.needs_input_to_decode:
             if like is None:
@@ -220,12 +224,12 @@ class SAE(nn.Module):
                     why=f"norm_out is {self.config.norm_out!r}" if not self.config.skip else "the skip path adds x W_skipᵀ",
                     fix="decode(acts, like=x), or call the SAE itself for the reconstruction",
                 )
-            x_BD = self._rows(like)
+            x_BD = self._rows(like, dtype)
             if x_BD.shape[0] != y_BD.shape[0]:
                 raise UsageError(f"like has {x_BD.shape[0]} rows, the features {y_BD.shape[0]}")
             y_BD = undo_norm(self.config.norm_out, y_BD, x_BD)
             if self.config.skip:
-                y_BD = y_BD + x_BD.to(self.W_skip.dtype) @ self.W_skip.T
+                y_BD = y_BD + matmul(x_BD if dtype else x_BD.to(self.W_skip.dtype), self.W_skip.T)
         return y_BD.reshape(*leading, self.config.d_out)
 
     def _add_bias(self, y_BD: Tensor) -> Tensor:
@@ -261,21 +265,18 @@ class SAE(nn.Module):
         return self.config
 
     # ------------------------------------------------------------------ shared
-    def _rows(self, x: Tensor) -> Tensor:
-        """[..., d_in] as [n, d_in] in the dtype of the weights."""
+    def _rows(self, x: Tensor, dtype: torch.dtype | None) -> Tensor:
+        """[..., d_in] as [n, d_in] in the dtype of the weights, or in `dtype`."""
         if x.shape[-1:] != (self.config.d_in,):
             raise UsageError(f"the input has shape {list(x.shape)}", why=f"expected the last dimension to be d_in = {self.config.d_in}")
-        return x.reshape(-1, self.config.d_in).to(self._input_dtype)
+        return x.reshape(-1, self.config.d_in).to(dtype or getattr(self, "W_enc", self.W_dec).dtype)
 
-    @property
-    def _input_dtype(self) -> torch.dtype:
-        return getattr(self, "W_enc", self.W_dec).dtype
+    def _decoder_norms(self, dtype: torch.dtype) -> Tensor:
+        """‖W_dec_i‖ [d_sae], in the wider of `dtype` and the decoder's."""
+        return torch.linalg.vector_norm(self.W_dec, dim=-1, dtype=torch.promote_types(dtype, self.W_dec.dtype))
 
-    def _decoder_norms(self) -> Tensor:
-        return self.W_dec.norm(dim=-1)
-
-    def _inverse_decoder_norms(self) -> Tensor:
-        norms_F = self._decoder_norms()  # a zero row never fires (p = 0): its factor is 0, not infinity
+    def _inverse_decoder_norms(self, dtype: torch.dtype) -> Tensor:
+        norms_F = self._decoder_norms(dtype)  # a zero row never fires (p = 0): its factor is 0, not infinity
         return torch.where(norms_F > 0, 1 / norms_F, torch.zeros_like(norms_F))
 
     def extra_repr(self) -> str:
@@ -299,6 +300,16 @@ def _check_tensors(architecture: str, specs: Mapping[str, TensorSpec], tensors: 
             raise FormatError(f"{name} has shape {list(tensor.shape)}", why=f"expected {expected} for a {architecture} SAE of this size")
         if tensor.is_floating_point() != spec.floating or (not spec.floating and tensor.dtype != torch.int64):
             raise FormatError(f"{name} has dtype {tensor.dtype}", why=f"expected {'floating point' if spec.floating else 'int64'}")
+
+
+def matmul(x_BD: Tensor, W_DF: Tensor, *, absolute: bool = False) -> Tensor:
+    """x W in the wider dtype of the two (x |W| if `absolute`); weights that must be cast are cast a few columns at a time."""
+    if x_BD.dtype == W_DF.dtype and not absolute:
+        return x_BD @ W_DF
+    dtype = torch.promote_types(x_BD.dtype, W_DF.dtype)
+    columns = max(1, CAST_ELEMENTS // max(1, W_DF.shape[0]))
+    pieces = (W_DF[:, start : start + columns].to(dtype) for start in range(0, W_DF.shape[1], columns))
+    return torch.cat([x_BD.to(dtype) @ (piece.abs() if absolute else piece) for piece in pieces], dim=1)
 
 
 def pack(acts_BF: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from saehub.checkpoint.config import SAEConfig
-from saehub.checkpoint.sae import SAE, TensorSpec
+from saehub.checkpoint.sae import SAE, TensorSpec, matmul
 
 
 class Gated(SAE):
@@ -22,7 +22,7 @@ class Gated(SAE):
         return found | {name: TensorSpec((config.d_sae,)) for name in ("b_gate", "b_mag", "r_mag")}
 
     def preacts(self, xp_BD: Tensor) -> Tensor:
-        return xp_BD @ self.W_enc
+        return matmul(xp_BD, self.W_enc)
 
     def activate(self, p_BF: Tensor) -> Tensor:
         return (p_BF * self.r_mag.exp() + self.b_mag).relu() * (p_BF + self.b_gate > 0)
@@ -36,4 +36,4 @@ class Gated(SAE):
         return torch.where(on_BF, distances.abs().amin(0), failing.amax(0))
 
     def rounding_scale(self, xp_BD: Tensor) -> Tensor:
-        return xp_BD.abs() @ self.W_enc.abs() + torch.maximum(self.b_gate.abs(), self.b_mag.abs() * (-self.r_mag).exp())
+        return matmul(xp_BD.abs(), self.W_enc, absolute=True) + torch.maximum(self.b_gate.abs(), self.b_mag.abs() * (-self.r_mag).exp())

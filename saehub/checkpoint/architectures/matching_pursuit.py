@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from saehub.checkpoint.config import SAEConfig, number, whole
-from saehub.checkpoint.sae import SAE, TensorSpec
+from saehub.checkpoint.sae import SAE, TensorSpec, matmul
 from saehub.errors import FormatError
 
 
@@ -57,7 +57,7 @@ class MatchingPursuit(SAE):
 
     def rounding_scale(self, xp_BD: Tensor) -> Tensor:
         # Each step subtracts a rounded multiple of a row: errors add up over the steps, on the scale of the whole input.
-        largest_B1 = (xp_BD.abs() @ self.W_dec.abs().T).amax(1, keepdim=True)
+        largest_B1 = matmul(xp_BD.abs(), self.W_dec.T, absolute=True).amax(1, keepdim=True)
         return (largest_B1 * self.iterations).expand(-1, self.config.d_sae)
 
     def _pursue(self, xp_BD: Tensor, margins: bool = False) -> tuple[Tensor, Tensor]:
@@ -71,13 +71,13 @@ class MatchingPursuit(SAE):
         done_B = torch.zeros_like(margin_B, dtype=torch.bool)
         for _ in range(self.iterations):
             with torch.no_grad():
-                correlation_BF = (residual_BD @ self.W_dec.T).relu()
+                correlation_BF = matmul(residual_BD, self.W_dec.T).relu()
                 best_B1 = correlation_BF.max(dim=1, keepdim=True).indices
                 if margins:
                     top_B2 = correlation_BF.topk(min(2, self.config.d_sae), dim=1).values
                     gap_B = top_B2[:, 0] - top_B2[:, 1] if top_B2.shape[1] == 2 else top_B2[:, 0]
                     margin_B = torch.where(done_B, margin_B, torch.minimum(margin_B, gap_B))
-            rows_BD = self.W_dec[best_B1.squeeze(1)]
+            rows_BD = self.W_dec[best_B1.squeeze(1)].to(residual_BD.dtype)
             value_B1 = (residual_BD * rows_BD).sum(-1, keepdim=True).relu() * ~done_B[:, None]
             acts_BF = acts_BF.scatter_add(1, best_B1, value_B1)
             residual_BD = residual_BD - value_B1 * rows_BD

@@ -1,0 +1,138 @@
+"""A path or a hub id in, an SAE out: finds out which library's format a folder is and reads it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from saehub.errors import FormatError, SaehubError, UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from saehub.api import Exporter
+    from saehub.checkpoint.sae import SAE
+
+NATIVE = "saehub"
+"""The name of the hub's own format among the exporters'."""
+
+
+class NativeFormat:
+    """Checkpoint format v1 as an exporter: what `convert` uses where one side is the hub's own."""
+
+    def __init__(self, config: Any = None):
+        self.config = config
+
+    def sniff(self, path: Path) -> bool:
+        from saehub.checkpoint.format import is_checkpoint
+
+        return is_checkpoint(path)
+
+    def read(self, path: Path) -> SAE:
+        from saehub.checkpoint import format as v1
+
+        return v1.load(path)
+
+    def write(self, sae: SAE, path: Path) -> dict[str, Any]:
+        from saehub.checkpoint import format as v1
+
+        v1.save(sae, path)
+        return {"folded": [], "dropped": [], "bit_exact": list(sae.tensors())}
+
+    def run(self, path: Path, x_ND: Any) -> tuple[Any, Any]:
+        import torch
+
+        sae = self.read(path)
+        with torch.no_grad():
+            acts_NF = sae.encode(x_ND, dtype=torch.float32)
+            return acts_NF, sae.decode(acts_NF, like=x_ND, dtype=torch.float32)
+
+    def refusal(self, sae: SAE) -> str | None:
+        return None
+
+
+def exporters() -> dict[str, Any]:
+    """Registered exporters by address (`saelens/folder` …); the hub's own format is not among them."""
+    from saehub.plugins import catalog
+
+    return catalog().components("exporter")
+
+
+def codec(name: str) -> tuple[str, Exporter, Any]:
+    """Address, instance and registration of a format named by address, exporter or plugin (`saelens`); `saehub` is the hub's own.
+
+    The instance lives in this process: `sniff`, `read` and `write` must not import the library, only `run` may (in a worker).
+    """
+    if name == NATIVE:
+        return NATIVE, NativeFormat(), None
+    known = exporters()
+    matches = [r for address, r in known.items() if address == name] or [r for r in known.values() if name in (r.name, r.plugin)]
+    if len(matches) != 1:
+        words = sorted({NATIVE, *(r.address for r in known.values())})
+        hint = did_you_mean(name, [*words, *(r.name for r in known.values())])
+        what = f"no format is called {name!r}{hint}" if not matches else f"several formats are called {name!r}"
+        raise UsageError(what, fix=f"one of: {', '.join(words)}")
+    registered = matches[0]
+    return registered.address, _instance(registered), registered
+
+
+def _instance(registered: Any) -> Exporter:
+    config = registered.load_config()
+    return registered.load()(config() if config else None)
+
+
+def find_format(path: Path) -> str | None:
+    """`saehub`, an exporter's address, or None for a folder that nothing here knows."""
+    from saehub.checkpoint.format import is_checkpoint
+
+    if is_checkpoint(path):
+        return NATIVE
+    for address, registered in exporters().items():
+        try:
+            if _instance(registered).sniff(Path(path)):
+                return address
+        except SaehubError:  # a codec that cannot even be loaded does not hide the others
+            continue
+    return None
+
+
+def locate(source: str | Path, *, revision: str | None = None) -> tuple[Path, dict[str, Any]]:
+    """A local path, downloaded first if `source` is `hf://org/repo[@revision][/folder]`; and what to remember about where it came from."""
+    text = str(source)
+    if text.startswith("hf://"):
+        from saehub.checkpoint.hub import download
+
+        return download(text, revision=revision)
+    path = Path(text).expanduser()
+    if not path.exists():
+        looks_like_hub = text.count("/") >= 1 and not text.startswith((".", "/", "~"))
+        raise UsageError(f"{source} does not exist", fix=f"a checkpoint folder; for the Hugging Face hub write hf://{text}" if looks_like_hub else "name a checkpoint folder")
+    return path, {}
+
+
+def load(source: str | Path, *, format: str | None = None, revision: str | None = None, device: str = "cpu") -> SAE:
+    """The SAE at a path or hub id, whichever known format it is in (`format` names one instead of looking).
+
+    FormatError: the folder is not any known format, or is damaged. UsageError: nothing is there, or the hub is out of reach.
+    """
+    path, origin = locate(source, revision=revision)
+    name = format or find_format(path)
+    if name is None:
+        raise _unknown(path)
+    _, instance, _ = codec(name)
+    sae = instance.read(path)
+    if origin:
+        sae.provenance.setdefault("hub", origin)
+    return sae.to(device) if device != "cpu" else sae
+
+
+def _unknown(path: Path) -> FormatError:
+    if path.is_dir():
+        names = sorted(entry.name + ("/" if entry.is_dir() else "") for entry in path.iterdir())
+        why = f"it holds {', '.join(names[:12]) or 'nothing'}" + (" …" if len(names) > 12 else "")
+        inside = [entry for entry in sorted(path.iterdir()) if entry.is_dir() and find_format(entry)][:5]
+        if inside:
+            return FormatError(f"{path} is not a checkpoint itself", why=why, fix=f"name one of those inside it: {', '.join(map(str, inside))}")
+    else:
+        why = "it is a file; checkpoints are folders"
+    return FormatError(
+        f"{path} is in no format that is known here", why=why, fix=f"known: {', '.join([NATIVE, *exporters()])}; saehub plugins ls shows broken ones"
+    )
