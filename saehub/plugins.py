@@ -254,11 +254,16 @@ def _refuse_clash(row: PluginRow, active: list[PluginRow]) -> None:
 
 def _refuse_repeated_architecture(row: PluginRow, active: list[PluginRow]) -> None:
     """An architecture's name stands in checkpoints, so it can mean one class only."""
-    taken = {item.name: other.plugin for other in active if other is not row for item in other.architectures}
     names = [item.name for item in row.architectures]
+    if not names:
+        return
+    from saehub.checkpoint.registry import BUILT_IN
+
+    taken = {entry.name: "saehub itself" for entry in BUILT_IN}
+    taken |= {item.name: f"plugin {other.plugin}" for other in active if other is not row for item in other.architectures}
     for name in names:
         if name in taken:
-            raise UsageError(f"architecture {name!r} is already provided by plugin {taken[name]}", fix="choose another name for it")
+            raise UsageError(f"architecture {name!r} is already provided by {taken[name]}", fix="choose another name for it")
         if names.count(name) > 1:
             raise UsageError(f"two architectures are called {name!r}", where=f"plugin {row.plugin}")
 

@@ -193,6 +193,12 @@ def test_an_architecture_name_has_one_provider(zoo):
     assert catalog.architectures()["softcap"].plugin == "alpha"
 
 
+def test_no_plugin_can_take_the_name_of_a_built_in_architecture(zoo):
+    zoo.add("alpha", ARCHITECTURE.replace("softcap", "topk"))
+    row = zoo.row("alpha")
+    assert row.status == "broken" and "'topk' is already provided by saehub itself" in row.error
+
+
 def test_recipes_of_a_plugin_are_listed_under_its_name(zoo):
     folder = zoo.folder / "kitchen"
     folder.mkdir()
