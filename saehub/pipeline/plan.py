@@ -84,7 +84,7 @@ class Plan:
             "model": asdict(self.model) if self.model else None,
             "model_fingerprint": self.fingerprint,
             "stages": [{**{name: getattr(stage, name) for name in shown}, "where": str(stage.where)} for stage in self.stages],
-            "totals": self.totals,
+            "totals": {name: value for name, value in self.totals.items() if name != "stream"},
             "warnings": list(self.warnings),
         }
 
@@ -447,6 +447,7 @@ class _Planner:
             "model_memory": estimate.model_bytes(self.shape, self.model.dtype) if self.shape and self.model else 0,
             "disk_free": free_bytes(self.base),
         }
+        totals |= {"rows": rows, "batches_per_block": self.stream["batches_per_block"], "repeat": self.stream["repeat"], "stream": self.stream["identity"]}
         totals["store"] = self._store_choice(total, totals["disk_free"]) if trains else "none"
         totals["peak_memory"] = totals["train_memory"] + totals["block_memory"] + totals["model_memory"]
         return totals

@@ -155,6 +155,7 @@ def run_pass(context: Context, stages: list[Stage]) -> None:
                 _feed(trainee, block, context)
             if context.stop.is_set():
                 raise Interrupted("stopped; every job's state is saved", fix="the same command goes on from here")
+            stream.used(index)
         elapsed = time.monotonic() - begun
         for trainee in trainees:
             if trainee.error is None:
@@ -205,7 +206,7 @@ def _finish(context: Context, trainee: Trainee, stream: BlockStream, elapsed: fl
     if bad:
         raise StageFailed(f"{job.id} ended with values that are not finite in {', '.join(bad)}", where=stage.id, fix="a lower learning rate")
     rows = stream.probe_rows(PROBE_ROWS)
-    probe = make_probe(sae, rows.acts[job.site], rows.token_ids_N, rows.positions_N, rows.contexts)
+    probe = make_probe(sae, rows.acts[job.site], rows.token_ids_N, rows.positions_N, rows.contexts_NT)
     manifest = context.manifest(stage, metrics=trainee.metrics, seconds=elapsed, rows=trainee.step * job.batch, job=asdict(job))
     with plan.store.create("train", stage.key, manifest) as folder:
         save(sae, folder / "checkpoint", probe=probe)
