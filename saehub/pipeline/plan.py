@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,7 +103,9 @@ class PlanProblem:
 
 def make_plan(recipe: Recipe, catalog: Catalog, *, base: Path | None = None, out: Path | None = None, strict_cache: bool = False) -> Plan:
     """Plan `recipe`; raises RecipeError with every problem found. `strict_cache`: results made on another device or torch are misses."""
-    return _Planner(recipe, catalog, Path(base).absolute() if base else home(), out, strict_cache).plan()
+    from saehub.recipe import expand_sites
+
+    return _Planner(expand_sites(recipe), catalog, Path(base).absolute() if base else home(), out, strict_cache).plan()
 
 
 def _policy(train: Any) -> dict[str, Any]:
@@ -113,11 +115,6 @@ def _policy(train: Any) -> dict[str, Any]:
 
         train = TrainData(tokens=1)
     return {"context": train.context, "bos": train.bos, "exclude": list(train.exclude), "template": train.template}
-
-
-def _stands_for(wanted: str, name: str) -> bool:
-    """An id stands for itself, for its sites (`id@site`) and for the members of its sweep (`id-k16-seed1`)."""
-    return name == wanted or name.startswith((f"{wanted}@", f"{wanted}-"))
 
 
 class _Planner:
@@ -287,25 +284,12 @@ class _Planner:
             "repeat": bool(train and train.repeat),
         }
 
-    def _jobs(self) -> Iterator[tuple[int, Any, str, str]]:
-        """(index, train entry, job id, site): one job a site unless the entry names one."""
-        from saehub.sites import Site
-
-        for index, entry in enumerate(self.recipe.train):
-            sites = [str(Site.parse(entry.site)) if self.files is None else entry.site] if entry.site else list(self.widths)
-            for site in sites:
-                yield index, entry, entry.id if len(sites) == 1 else f"{entry.id}@{site}", site
-
     def _train(self) -> list[Stage]:
         made = []
-        for index, entry, job_id, site in self._jobs():
-            path = f"train[{index}]"
+        for entry in self.recipe.train:  # one entry a site: sweeps and sites are expanded
+            path = f"train.{entry.id}"
             registered, config = self._component("trainer", entry.uses, entry.with_, path)
-            target = entry.target_site
-            if target is not None and self.files is None:
-                from saehub.sites import Site
-
-                target = str(Site.parse(target))
+            site, target = self._canonical(entry.site), self._canonical(entry.target_site)
             absent = [name for name in (site, target) if name is not None and name not in self.widths]
             if absent:
                 self._problem(f"{path}.site", f"{absent[0]} is not extracted", f"extract.sites: [{', '.join([*self.widths, absent[0]])}]")
@@ -313,7 +297,7 @@ class _Planner:
                 continue
             batch, rows = int(getattr(config, "batch", 4096)), self.stream["rows"]
             seed = self.recipe.seed if entry.seed is None else entry.seed
-            job = Job(job_id, site, target, self.widths[site], self.widths[target or site], rows // batch, batch, rows, seed, init_from=entry.init_from)
+            job = Job(entry.id, site, target, self.widths[site], self.widths[target or site], rows // batch, batch, rows, seed, init_from=entry.init_from)
             if job.steps < 1:
                 self._problem(f"{path}.with.batch", f"one batch of {batch} rows is more than the {rows} rows of the stream", "fewer rows a batch, or more data.train.tokens")
                 continue
@@ -324,6 +308,13 @@ class _Planner:
             made.append(self._train_stage(registered, config, job, entry))
         self.stages += made
         return made
+
+    def _canonical(self, name: str | None) -> str | None:
+        if name is None or self.files is not None:
+            return name
+        from saehub.sites import Site
+
+        return str(Site.parse(name))
 
     def _train_stage(self, registered: Registered, config: Any, job: Job, entry: Any) -> Stage:
         plain_job = {name: value for name, value in asdict(job).items() if name not in ("device", "init_from")}
@@ -363,7 +354,7 @@ class _Planner:
     def _chosen(self, entry: Any, subjects: list[Stage]) -> list[Stage]:
         if entry.saes is None:
             return subjects
-        return [stage for stage in subjects if any(_stands_for(wanted, stage.id.partition("/")[2]) for wanted in entry.saes)]
+        return [stage for stage in subjects if stage.id.partition("/")[2] in entry.saes]
 
     def _evaluate(self, subjects: list[Stage]) -> None:
         text = {stage.spec["name"]: stage.key for stage in self.stages if stage.kind == "tokens" and stage.spec["name"] != "train"}
