@@ -126,7 +126,7 @@ def read(model_hf: nn.Module, tokens_BT: Tensor, taps: Mapping[Key, Tap], *, sto
     if waiting:
         names = ", ".join(sorted(str(taps[places[place][0]]) for place in waiting))
         raise StageFailed(f"the forward pass never reached {names}", fix="choose a site that runs on every token")
-    return found
+    return {key: found[key] for key in taps}
 
 
 def logits(model_hf: nn.Module, tokens_BT: Tensor) -> Tensor:

@@ -244,6 +244,9 @@ class ModelHandle:
         kind = _auto_class(config)
         modern = tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= (4, 56)
         settings = {"dtype" if modern else "torch_dtype": torch_dtype(spec.dtype), "attn_implementation": spec.attention, "revision": spec.revision}
+        logging = transformers.utils.logging
+        bars = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()
         try:
             hf = getattr(transformers, kind).from_pretrained(where, **settings)
         except Exception as error:
@@ -251,7 +254,10 @@ class ModelHandle:
             if offline and isinstance(error, OSError):
                 raise _not_here(spec.name, spec.revision, str(error)) from error
             raise StageFailed(f"model {spec.name!r} cannot be loaded", where=str(where), said=f"{type(error).__name__}: {error}",
-                              fix="check that the directory is whole, and model.dtype and model.attention") from error
+                              fix="set model.attention to eager" if "attention implementation" in str(error) else "check that the directory is whole, and model.dtype and model.attention") from error
+        finally:
+            if bars:
+                logging.enable_progress_bar()
         hf = hf.to(device).eval().requires_grad_(False)
         words = load_tokenizer(spec) if tokenizer else None
         return cls(hf, words, device, shape_of(config, spec.name), spec, fingerprint(spec))

@@ -1,0 +1,82 @@
+"""A loaded Hugging Face model, packed tokens and sites in; activation rows, all sites from one truncated forward pass, out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from saehub.activations import taps
+from saehub.api import Rows
+from saehub.errors import StageFailed, UsageError
+from saehub.sites import Site
+
+if TYPE_CHECKING:
+    from saehub.data.model import ModelHandle
+    from saehub.data.tokens import TokenDataset
+    from saehub_native.extract_config import HFConfig
+
+
+class HFExtractor:
+    """`native/hf`: the reference extractor, hooks on the unprocessed model."""
+
+    def __init__(self, config: HFConfig | None = None):
+        self.config = config
+
+    def open(self, model: ModelHandle | None, tokens: TokenDataset | None, sites: Sequence[str], *, lm_batch: int) -> HFSession:
+        """Check sites, widths and the context against the model, and start reading. UsageError names what the model lacks."""
+        if model is None or tokens is None:
+            raise UsageError("native/hf needs a model and text", where="extract.uses", fix="set model.name and data.train, or use native/files")
+        if tokens.context > model.shape.context:
+            raise UsageError(f"sequences of {tokens.context} tokens are longer than {model.spec.name} allows", why=f"it accepts {model.shape.context} positions",
+                             where="data.train.context", fix=f"use at most {model.shape.context}")
+        return HFSession(model, tokens, sites, lm_batch)
+
+
+class HFSession:
+    """Batch `b` is always the same sequences in the same forward pass, so its rows depend on `b` alone."""
+
+    def __init__(self, model: ModelHandle, tokens: TokenDataset, sites: Sequence[str], lm_batch: int):
+        self.model, self.tokens, self.lm_batch = model, tokens, lm_batch
+        self.taps = {str(site): Site.parse(site).tap(model.shape) for site in sites}
+        if not self.taps:
+            raise UsageError("no site to extract", where="extract.sites", fix="write sites: [resid_post.2]")
+        self.n_batches = tokens.n_batches(lm_batch)
+        self.calibration_batches = tokens.calibration_batches(lm_batch)
+        self.data_hash = tokens.hash
+        first = self._read(tokens.tokens(0, 1)[:, :2])
+        self.widths = {site: x_BTD.shape[-1] for site, x_BTD in first.items()}
+
+    def _read(self, tokens_BT: torch.Tensor) -> dict[str, torch.Tensor]:
+        top = int(tokens_BT.max())
+        if top >= self.model.shape.vocab:
+            raise StageFailed(f"token id {top} is outside the model's vocabulary of {self.model.shape.vocab}", why="the tokens were made with another tokenizer",
+                              fix="use the tokenizer that belongs to the model")
+        found = taps.read(self.model.hf, tokens_BT, self.taps)
+        for site, x_BTD in found.items():
+            if x_BTD.ndim != 3 or x_BTD.shape[:2] != tokens_BT.shape:
+                raise StageFailed(f"site {site!r} does not hold one row a token", why=f"{list(tokens_BT.shape)} tokens give a tensor of shape {list(x_BTD.shape)}",
+                                  fix="choose a module whose input or output is [batch, positions, width]")
+        return found
+
+    def rows(self, batch: int) -> Rows:
+        """All sites' rows of one language-model batch, on the model's device and in its dtype, from one forward pass."""
+        i, j = self.tokens.batch_range(batch, self.lm_batch)
+        tokens_BT = self.tokens.tokens(i, j)
+        acts = {site: x_BTD.reshape(-1, x_BTD.shape[-1]) for site, x_BTD in self._read(tokens_BT).items()}
+        sequences, context = tokens_BT.shape
+        return Rows(
+            acts=acts,
+            keep_N=self.tokens.keep(i, j).reshape(-1),
+            token_ids_N=tokens_BT.reshape(-1),
+            positions_N=torch.arange(context).repeat(sequences),
+            sequences_N=torch.arange(i, j).repeat_interleave(context),
+        )
+
+    def kept(self, batch: int) -> int:
+        """Rows of that batch that are not excluded; read from the index, no model."""
+        return self.tokens.kept(*self.tokens.batch_range(batch, self.lm_batch))
+
+    def close(self) -> None:
+        """Nothing is held between batches: hooks live only inside a forward pass."""
