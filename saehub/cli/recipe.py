@@ -153,7 +153,15 @@ def run(ctx: click.Context, name: str, overrides: tuple[str, ...], out: Path | N
     _warn(made)
     if missing:
         raise MissingDependency(f"{name} was not started: {missing[0]['what']}", fix=missing[0]["fix"])
-    return run_plan(made, as_json=as_json)
+    return run_plan(made, recipe_text=_text(name, overrides), as_json=as_json)
+
+
+def _text(name: str, overrides: tuple[str, ...]) -> str:
+    """The recipe as it was given: the file's text, and below it what --set changed."""
+    from saehub.recipe import library
+
+    text = Path(library.find(name)).read_text(encoding="utf-8")
+    return text if not overrides else text.rstrip("\n") + "\n\n# Run with:\n" + "".join(f"#   --set {shlex.quote(item)}\n" for item in overrides)
 
 
 def _plan(name: str, overrides: tuple[str, ...], out: Path | None, strict_cache: bool) -> tuple[Plan, list[dict]]:

@@ -13,10 +13,10 @@ from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Ta
 from rich.table import Table
 from rich.text import Text
 
-from saehub.cli.running import Pace, line, metrics_text, took
+from saehub.cli.running import Pace, extent, line, metrics_text, took
 from saehub.cli.talk import clean, colour, interactive
 from saehub.report import numbers
-from saehub.report.table import Group, Row, dataset_label, groups
+from saehub.report.table import Group, Row, dataset_label, footnote, groups, sizes
 
 STATUS = {"ok": "green", "cached": "green", "resume": "yellow", "run": "", "broken": "red", "failed": "red", "disabled": "dim", "not measured": "yellow",
           "not verified": "yellow", "warning": "yellow", "missing": "yellow", "a better": "green", "b better": "green"}  # fmt: skip
@@ -96,7 +96,7 @@ def _group(group: Group) -> None:
     notes: list[str] = []
     for row in group.rows:
         cells = [_cell(row, name, notes) for name in group.datasets]
-        grid.add_row(text(row.metric), Text(row.arrow, style="dim"), *cells, text(_n(row), "dim"), *([text(row.evaluator, "dim")] if len(makers) > 1 else []))
+        grid.add_row(text(row.metric), Text(row.arrow, style="dim"), *cells, text(sizes(row), "dim"), *([text(row.evaluator, "dim")] if len(makers) > 1 else []))
     show(head)
     show(grid)
     for i, note in enumerate(notes, 1):
@@ -104,7 +104,7 @@ def _group(group: Group) -> None:
 
 
 def _column(name: str | None) -> str:
-    return clean(dataset_label(name)) if name is not None else "no dataset"
+    return clean(dataset_label(name))
 
 
 def _cell(row: Row, dataset: str | None, notes: list[str]) -> Text:
@@ -112,21 +112,8 @@ def _cell(row: Row, dataset: str | None, notes: list[str]) -> Text:
     if cell is None:
         return Text("")
     found = text(cell.text)
-    remark = cell.note if cell.status == "ok" else cell.reason or cell.note
-    if remark:
-        if remark not in notes:
-            notes.append(remark)
-        found.append(f" [{notes.index(remark) + 1}]", style="dim")
+    found.append(footnote(cell.remark, notes), style="dim")
     return found
-
-
-def _n(row: Row) -> str:
-    """`256 sequences`, or `256 | 200 sequences` where the datasets differ."""
-    counted = [cell for cell in row.cells.values() if cell.n is not None]
-    if not counted:
-        return ""
-    sizes = list(dict.fromkeys(numbers.count(cell.n) for cell in counted))
-    return f"{' | '.join(sizes)} {counted[0].unit}".strip()
 
 
 def comparison(differences: Iterable[Any], names: tuple[str, str]) -> None:
@@ -257,7 +244,8 @@ class Bars:
             self._tasks[stage] = self._bars.add_task(clean(stage or "run"), total=None, told="", pace="")
         if event.kind == "progress":
             told = metrics_text(data.get("metrics") or {}) or clean(data.get("text") or "")
-            self._bars.update(self._tasks[stage], completed=data.get("done") or 0, total=data.get("total"), told=told, pace=self._pace.text(event))
+            done, total, _ = extent(data)
+            self._bars.update(self._tasks[stage], completed=done or 0, total=total, told=told, pace=self._pace.text(event))
         elif event.kind != "stage_started":
             ended = event.kind in ("stage_finished", "stage_failed")
             if ended and stage in self._tasks:

@@ -2,67 +2,76 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from saehub.cli.talk import clean, interactive, out_json_line, plain, say, style
+from saehub.cli.talk import SCHEMA, clean, interactive, out_json_line, say, style
+from saehub.errors import Interrupted, SaehubError
 from saehub.report import numbers
 
+if TYPE_CHECKING:
+    from saehub.pipeline.plan import Plan
+    from saehub.pipeline.run import RunResult
 
-def run_plan(plan: Any, *, as_json: bool = False) -> int:
-    """Run and print; errors of stages are raised by the pipeline and told by `failure`."""
+
+def run_plan(plan: Plan, *, recipe_text: str | None = None, as_json: bool = False, quiet: bool = False) -> int:
+    """Run and print (`quiet`: without results and farewell); errors of stages are raised by the pipeline and told by `failure`."""
+    from saehub.cli.failure import OK
     from saehub.pipeline.run import run
 
     if as_json:
-        result = run(plan, listeners=(json_line,))
-        out_json_line(summary(result))
-        return exit_code(result)
+        result = run(plan, (json_line,), recipe_text=recipe_text)
+        if not quiet:
+            out_json_line(summary(result))
+        return OK
     from saehub.cli import render
 
     say(f"run folder: {plan.run_dir}")
-    watcher = render.Bars() if interactive(sys.stderr) else Lines(say)
-    with watcher:
-        result = run(plan, listeners=(watcher,))
-    render.results(result.measurements)
-    farewell(result)
-    return exit_code(result)
+    watcher = render.Bars() if interactive() else Lines(say)
+    try:
+        with watcher:
+            result = run(plan, (watcher,), recipe_text=recipe_text)
+    except Interrupted:
+        raise
+    except SaehubError:
+        finished = plan.run_dir / "report.html"
+        if finished.is_file():
+            say(f"what is finished is kept and reported: {finished}\n")
+        raise
+    if not quiet:
+        say()
+        render.results(result.measurements)
+        farewell(result)
+    return OK
 
 
-def exit_code(result: Any) -> int:
-    """0 for a finished run, 4 where the pipeline finished but a part failed."""
-    from saehub.cli.failure import OK, STAGE
-
-    return OK if result.status in ("ok", "finished") else STAGE
-
-
-def summary(result: Any) -> dict:
+def summary(result: RunResult) -> dict:
     """The last line of `run --json`."""
-    from saehub.cli.talk import SCHEMA
-
     return {
         "schema": SCHEMA,
         "kind": "summary",
-        "status": result.status,
+        "status": "finished",
         "run_dir": str(result.run_dir),
         "report": str(result.run_dir / "report.html"),
-        "measurements": [row.to_json() for row in result.measurements],
+        "seconds": result.seconds,
+        "checkpoints": {name: str(path) for name, path in result.checkpoints.items()},
+        "measurements": result.results,
     }
 
 
-def farewell(result: Any) -> None:
+def farewell(result: RunResult) -> None:
     """Where things are, and what one may do next."""
-    say()
+    say(f"\ndone in {numbers.duration(result.seconds)}")
     say(f"report:  {result.run_dir / 'report.html'}")
-    for folder in sorted((result.run_dir / "checkpoints").glob("*")):
-        say(f"SAE:     saehub.load({str(folder)!r})")
-    say(f"next:    saehub runs show {clean(result.run_dir.name)}")
+    for path in result.checkpoints.values():
+        say(f"SAE:     saehub.load({str(path)!r})")
+    say(f"again:   saehub runs show {clean(result.run_dir.name)}")
 
 
 def json_line(event: Any) -> None:
     """One event, one line of stdout."""
-    out_json_line({"kind": event.kind, "stage": event.stage, "t": event.t, "data": plain(event.data)})
+    out_json_line({"kind": event.kind, "stage": event.stage, "t": event.t, "data": event.data})
 
 
 def metrics_text(metrics: dict[str, float]) -> str:
@@ -85,11 +94,11 @@ class Pace:
 
     def text(self, event: Any) -> str:
         """`12.3k tokens/s · 1 min 02 s to go`; empty until two events were seen."""
-        data, done = event.data, event.data.get("done")
+        done, total, unit = extent(event.data)
         if done is None:
             return ""
         history = self._seen.setdefault(event.stage, [])
-        history.append((event.t, done, data.get("rows") or 0))
+        history.append((event.t, done, event.data.get("rows") or 0))
         while len(history) > 2 and event.t - history[1][0] > self.WINDOW:
             history.pop(0)
         (t0, done0, rows0), (t1, done1, rows1) = history[0], history[-1]
@@ -98,10 +107,10 @@ class Pace:
         words = []
         if rows1 > rows0:
             words.append(f"{numbers.short((rows1 - rows0) / (t1 - t0))} tokens/s")
-        elif data.get("unit") not in ("%", None, ""):
-            words.append(f"{numbers.short((done1 - done0) / (t1 - t0))} {data['unit']}/s")
-        if data.get("total") and done1 < data["total"]:
-            words.append(f"{numbers.duration((data['total'] - done1) * (t1 - t0) / (done1 - done0))} to go")
+        elif unit not in ("%", ""):
+            words.append(f"{numbers.short((done1 - done0) / (t1 - t0))} {unit}/s")
+        if total and done1 < total:
+            words.append(f"{numbers.duration((total - done1) * (t1 - t0) / (done1 - done0))} to go")
         return " · ".join(words)
 
 
@@ -150,9 +159,16 @@ def took(event: Any, measured: float | None) -> str:
     return numbers.duration(seconds) if isinstance(seconds, (int, float)) else ""
 
 
+def extent(data: dict[str, Any]) -> tuple[float | None, float | None, str]:
+    """(done, total, unit) of a progress event; one that only tells a share is in percent."""
+    if data.get("done") is None and isinstance(data.get("progress"), (int, float)):
+        return 100 * data["progress"], 100, "%"
+    return data.get("done"), data.get("total"), data.get("unit") or ""
+
+
 def position(data: dict[str, Any]) -> str:
     """`40 % of 488 steps`, or what is known of it."""
-    done, total, unit, text = data.get("done"), data.get("total"), data.get("unit") or "", clean(data.get("text") or "")
+    (done, total, unit), text = extent(data), clean(data.get("text") or "")
     if done is None or not total:
         return text or (f"{numbers.count(done)} {unit}".strip() if done is not None else "at work")
     share = f"{100 * done / total:.0f} %"

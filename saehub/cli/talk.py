@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 import click
+
+from saehub.report.text import clean
+
+__all__ = ["SCHEMA", "State", "clean", "colour", "interactive", "out", "out_json", "out_json_line", "plain", "say", "style"]
 
 SCHEMA = 1
 """Version of every `--json` object; raised when a field is renamed or removed, not when one is added."""
@@ -44,14 +47,6 @@ def _is_terminal(stream: TextIO) -> bool:
 def style(text: str, stream: TextIO | None = None, **looks: Any) -> str:
     """`click.style`, or the bare text where `stream` (stderr by default) wants no colour."""
     return click.style(text, **looks) if colour(stream or sys.stderr) else text
-
-
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-
-
-def clean(text: object) -> str:
-    """`text` with control characters made visible: a name from a file must not steer the terminal."""
-    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", str(text))
 
 
 def say(text: str = "") -> None:

@@ -12,8 +12,8 @@ from saehub.report import numbers
 ARROWS = {"higher": "↑", "lower": "↓", "none": ""}
 FIRST = ("in_sample", "out_of_sample")
 """Datasets that come first, in this order; any other follows in order of appearance, and `no dataset` is last."""
-HEADLINES = ("fvu", "ce_recovered", "l0", "dead")
-"""What one wants to know first, by the beginning of the metric's name."""
+HEADLINES = ("fvu", "ce_recovered_zero", "l0", "dead_share")
+"""What one wants to know first, in this order."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,11 @@ class Cell:
     """Why there is no number."""
     note: str | None = None
     """A caveat that goes with the number."""
+
+    @property
+    def remark(self) -> str | None:
+        """What has to be said with it: the caveat of a number, the reason of a missing one."""
+        return self.note if self.status == "ok" else self.reason or self.note
 
 
 @dataclass(frozen=True)
@@ -122,15 +127,29 @@ def groups(measurements: Iterable[Measurement | Mapping[str, Any]]) -> list[Grou
 
 
 def headlines(group: Group) -> list[Row]:
-    """At most one row for each of `HEADLINES`: those that an SAE is judged by first."""
-    chosen = []
-    for name in HEADLINES:
-        match = next((row for row in group.rows if row.metric == name), None) or next((row for row in group.rows if row.metric.startswith(name)), None)
-        if match is not None:
-            chosen.append(match)
-    return chosen
+    """The rows of `HEADLINES` that have a value; `dead_share` may be replaced by itself at another parameter (`dead_share@1e-04`)."""
+    valued = [row for row in group.rows if any(cell.value is not None for cell in row.cells.values())]
+    found = [next((row for row in valued if row.metric == name), None) or next((row for row in valued if row.metric.startswith(f"{name}@")), None) for name in HEADLINES]
+    return [row for row in found if row is not None]
+
+
+def sizes(row: Row) -> str:
+    """`256 sequences`, or `256 | 200 sequences` where the datasets differ."""
+    counted = [cell for cell in row.cells.values() if cell.n is not None]
+    if not counted:
+        return ""
+    return f"{' | '.join(dict.fromkeys(numbers.count(cell.n) for cell in counted))} {counted[0].unit}".strip()
+
+
+def footnote(remark: str | None, notes: list[str]) -> str:
+    """` [2]`, where `remark` is the second of `notes` (it is added if it is new); empty without a remark."""
+    if not remark:
+        return ""
+    if remark not in notes:
+        notes.append(remark)
+    return f" [{notes.index(remark) + 1}]"
 
 
 def dataset_label(name: str | None) -> str:
-    """`in-sample` for `in_sample`; `-` for a number that belongs to no dataset."""
-    return name.replace("_", "-") if name in FIRST else (name or "-")
+    """`in-sample` for `in_sample`; `weights only` for a number that needs no dataset."""
+    return "weights only" if name is None else name.replace("_", "-") if name in FIRST else name

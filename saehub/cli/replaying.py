@@ -1,0 +1,126 @@
+"""A finished run in; the same run made again from nothing, and what came out the same, out."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from saehub.cli.failure import FAILED, OK
+from saehub.cli.talk import out_json_line, say, style
+from saehub.errors import RecipeError, UsageError
+from saehub.report.compare import compare
+from saehub.report.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One thing that was compared."""
+
+    what: str
+    """`text`, `tensors` or `number`."""
+    name: str
+    verdict: str
+    """`identical`, `agrees` (a number, within its error), `differs` or `missing`."""
+    detail: str = ""
+
+
+def replay(run: RunFolder, folder: Path | None, *, as_json: bool) -> int:
+    """Run the recipe of `run.lock` in a store of its own, then compare. The store goes when the replay is finished."""
+    from saehub.cli.running import run_plan
+    from saehub.pipeline.plan import make_plan
+    from saehub.pipeline.workspace import home
+    from saehub.plugins import catalog
+
+    found = _recipe(run)
+    folder = (folder or run.path.with_name(f"{run.name}-replay")).absolute()
+    if folder == run.path:
+        raise UsageError("the replay would overwrite the run itself", fix="another --out")
+    base = home() / "replay" / run.name
+    plan = make_plan(found, catalog(), base=base, out=folder)
+    _tell_changes(run, plan)
+    code = run_plan(plan, as_json=as_json, quiet=True)
+    if code != OK:
+        return code
+    outcomes = outcomes_of(run, RunFolder(folder))
+    shutil.rmtree(base, ignore_errors=True)
+    bad = [item for item in outcomes if item.verdict in ("differs", "missing")]
+    verdict = "differs" if bad else "identical" if all(item.verdict == "identical" for item in outcomes) else "agrees"
+    if as_json:
+        out_json_line({"schema": 1, "kind": "replay", "run": str(run.path), "replay": str(folder), "verdict": verdict, "outcomes": outcomes})
+    else:
+        _print(outcomes, verdict)
+    return FAILED if bad else OK
+
+
+def _recipe(run: RunFolder) -> Any:
+    """The recipe as it was understood then (from recipe.lock), checked against what is installed now."""
+    import yaml
+
+    from saehub.plugins import catalog
+    from saehub.recipe.check import check
+
+    if not run.lock.get("recipe"):
+        raise UsageError(f"{run.path} cannot be replayed", why="it has no recipe.lock, which holds the recipe with all its settings", fix="keep recipe.lock beside run_card.json")
+    if not run.measurements and not run.checkpoints():
+        raise UsageError(f"{run.name} has nothing to compare with (status: {run.status})", fix="finish it first: run its recipe again")
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / f"{run.name}.yaml"
+        path.write_text(yaml.safe_dump(run.lock["recipe"], sort_keys=False, allow_unicode=True), encoding="utf-8")
+        found, problems = check(str(path), [], catalog())
+    errors = [problem for problem in problems if getattr(problem, "severity", "error") == "error"]
+    if found is None or errors:
+        raise RecipeError(f"the recipe of {run.name} is not valid here", errors, why="written by another version, or its plugins are not installed", fix="saehub plugins ls")
+    return found
+
+
+def _tell_changes(run: RunFolder, plan: Any) -> None:
+    """Stages whose key is another one than then: the comparison will show whether that matters."""
+    keys = {name: stage["key"] for name, stage in run.lock.get("stages", {}).items()}
+    changed = [stage.id for stage in plan.stages if keys.get(stage.id) not in (None, stage.key)]
+    if changed:
+        say(style("warning", fg="yellow") + f": other inputs than then (Python's own text, a model, a library or a component): {', '.join(changed)}")
+
+
+def outcomes_of(first: RunFolder, second: RunFolder) -> list[Outcome]:
+    """Hashes of token data and of tensors, then every number."""
+    found = []
+    for what, part, name in (("text", "data", "hash"), ("tensors", "saes", "tensors_hash")):
+        before, after = first.card.get(part) or {}, second.card.get(part) or {}
+        for key, entry in before.items():
+            old, new = (entry or {}).get(name), (after.get(key) or {}).get(name)
+            verdict = "missing" if new is None else "identical" if old == new else "differs"
+            if old is not None:
+                found.append(Outcome(what, key, verdict, "" if verdict == "identical" else f"{str(old)[:12]} → {str(new)[:12]}"))
+    differences, remarks = compare(first.measurements, second.measurements)
+    numbers_ = [_number(item) for item in differences]
+    # Where every number agrees, other tensors are another machine's rounding, not another result.
+    if numbers_ and all(item.verdict in ("identical", "agrees") for item in numbers_):
+        found = [Outcome(item.what, item.name, "agrees", f"{item.detail}; the numbers agree") if item.what == "tensors" and item.verdict == "differs" else item for item in found]
+    return found + numbers_ + [Outcome("number", remark, "missing") for remark in remarks]
+
+
+def _number(item: Any) -> Outcome:
+    from saehub.report import numbers
+    from saehub.report.table import dataset_label
+
+    name = f"{'+'.join(item.subjects_a)} {item.metric} {dataset_label(item.dataset)}"
+    if item.a == item.b:
+        return Outcome("number", name, "identical")
+    detail = f"{numbers.with_error(item.a, item.stderr_a)} → {numbers.with_error(item.b, item.stderr_b)}"
+    close = item.delta is not None and item.stderr is not None and abs(item.delta) <= 1.96 * item.stderr
+    return Outcome("number", name, "agrees" if close or item.reason == "the 95 % intervals overlap" else "differs", detail)
+
+
+def _print(outcomes: list[Outcome], verdict: str) -> None:
+    from saehub.cli import render
+
+    same = sum(item.verdict == "identical" for item in outcomes)
+    other = [item for item in outcomes if item.verdict != "identical"]
+    if other:
+        render.table(("what", "name", "verdict", "detail"), [(item.what, item.name, item.verdict, item.detail) for item in other])
+    say(f"{same} of {len(outcomes)} compared hashes and numbers are identical")
+    words = {"identical": "the run replays bit by bit", "agrees": "not bit-identical, but every number agrees within its error", "differs": "the run does not replay"}
+    say(style(words[verdict], fg={"identical": "green", "agrees": "yellow", "differs": "red"}[verdict]))
