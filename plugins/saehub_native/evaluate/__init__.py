@@ -1,0 +1,1 @@
+"""SAEs, a model and datasets in; measurements with standard errors and definitions out."""
