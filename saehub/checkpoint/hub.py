@@ -15,7 +15,8 @@ def parse(text: str) -> tuple[str, str | None, str]:
     """Repository, revision or None, folder or ''; a UsageError shows the grammar. A revision with a slash is given separately."""
     match = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)(?:@([\w.-]+))?((?:/[^/]+)*)/?", text)
     folder = match[3].strip("/") if match else ""
-    if not match or any(not _PART.fullmatch(part) or part in (".", "..") for part in folder.split("/") if folder):
+    parts = [*match[1].split("/"), *(folder.split("/") if folder else [])] if match else []
+    if not match or any(not _PART.fullmatch(part) or part in (".", "..") for part in parts):
         raise UsageError(f"{text!r} is not a hub id", fix="hf://ORGANISATION/REPOSITORY[@REVISION][/FOLDER]")
     return match[1], match[2], folder
 

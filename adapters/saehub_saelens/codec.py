@@ -1,0 +1,96 @@
+"""A SAELens checkpoint folder in, an SAE out, and back: only `run` imports sae_lens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from saehub.errors import CheckFailed, FormatError
+from saehub_saelens.mapping import Foreign, Unsayable, from_saelens, to_saelens
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from saehub.checkpoint.sae import SAE
+
+CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+MAX_CONFIG_BYTES = 64 * 2**20
+
+
+class SAELensFormat:
+    """The exporter `saelens`."""
+
+    def __init__(self, config: Any = None):
+        self.config = config
+
+    def sniff(self, path: Path) -> bool:
+        """A folder with both files, and a cfg.json that speaks of an SAE."""
+        path = Path(path)
+        try:
+            if not (path / WEIGHTS).is_file() or (path / CONFIG).stat().st_size > MAX_CONFIG_BYTES:
+                return False
+            config = json.loads((path / CONFIG).read_bytes())
+            return isinstance(config, dict) and {"d_in", "d_sae"} <= config.keys()
+        except (OSError, ValueError, RecursionError):
+            return False
+
+    def read(self, path: Path) -> SAE:
+        """The SAE, its tensors bit-exact as stored; FormatError for damage, and for what saehub cannot express, with the reason."""
+        from saehub.checkpoint.format import read_tensors
+
+        path = Path(path)
+        config = _read_config(path / CONFIG)
+        tensors = read_tensors(path / WEIGHTS)
+        for name, tensor in tensors.items():
+            bad = tensor.isnan() if name == "threshold" else ~tensor.isfinite()
+            if tensor.is_floating_point() and bool(bad.any()):
+                raise FormatError(f"{path / WEIGHTS}: {name} holds {int(bad.sum())} values that are NaN or infinite", fix="restore the folder from where it came")
+        try:
+            return from_saelens(Foreign(config, tensors))
+        except FormatError as error:
+            raise FormatError(f"{path}: {error.what}", where=error.where, why=error.why, fix=error.fix) from error
+
+    def refusal(self, sae: SAE) -> str | None:
+        """Why SAELens cannot say this SAE, or None if it can."""
+        try:
+            to_saelens(sae)
+        except Unsayable as reason:
+            return str(reason)
+        return None
+
+    def write(self, sae: SAE, path: Path) -> Mapping[str, Any]:
+        """Write `cfg.json` and `sae_weights.safetensors` into the folder `path`; CheckFailed for what SAELens cannot say."""
+        from saehub.checkpoint.format import write_tensors
+        from saehub.jsonio import write_text_atomic
+
+        path = Path(path)
+        try:
+            foreign = to_saelens(sae)
+        except Unsayable as reason:
+            raise CheckFailed("SAELens cannot say this SAE", why=str(reason), fix="saehub's own format can") from reason
+        path.mkdir(parents=True, exist_ok=True)
+        write_tensors(path / WEIGHTS, foreign.tensors)
+        write_text_atomic(path / CONFIG, json.dumps(foreign.config, indent=1, allow_nan=False) + "\n")
+        return {"folded": foreign.folded, "dropped": foreign.dropped, "side_channel": foreign.side_channel, "bit_exact": foreign.bit_exact}
+
+    def run(self, path: Path, x_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """Features [n, d_sae] and reconstruction [n, d_out] of rows [n, d_in], by sae_lens itself with its weights as float32."""
+        from saehub_saelens.library import run
+
+        return run(Path(path), x_ND)
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    from saehub.jsonio import read_json
+
+    if file.is_file() and file.stat().st_size > MAX_CONFIG_BYTES:
+        raise FormatError(f"{file} has {file.stat().st_size} bytes", why="no SAELens config is that long")
+    try:
+        config = read_json(file)
+    except RecursionError as error:
+        raise FormatError(f"{file} is nested too deeply", fix="restore the folder from where it came") from error
+    if not isinstance(config, dict):
+        raise FormatError(f"{file} is a {type(config).__name__}", why="expected a map with architecture, d_in, d_sae")
+    return config
