@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
@@ -67,12 +67,23 @@ class ConformanceReport:
         return "\n".join(f"{'ok  ' if check.ok else 'FAIL'}  {check.name:<{width}}  {check.detail}".rstrip() for check in self.checks)
 
 
-def run_checks(kind: str, component: str, checks: Sequence[tuple[str, Callable[[], str | None]]]) -> ConformanceReport:
-    """Call every check; a returned string is the detail of a kept promise, anything raised is a broken one."""
+def run_checks(
+    kind: str, component: str, checks: Sequence[tuple[str, Callable[[], str | None]]], only: Collection[str] | None = None
+) -> ConformanceReport:
+    """Call every check (or those named in `only`); a returned string is the detail of a kept promise, anything raised is a broken one.
+
+    What a check leaves behind in the process (gradient mode, threads, random states) is put back, so that the next one starts clean.
+    """
+    unknown = sorted(set(only or ()) - {name for name, _ in checks})
+    if unknown:
+        raise UsageError(f"there is no check {unknown[0]!r}", fix=f"one of: {', '.join(name for name, _ in checks)}")
     rows = []
     for name, check in checks:
+        if only is not None and name not in only:
+            continue
         try:
-            rows.append(Check(name, True, check() or ""))
+            with _put_back():
+                rows.append(Check(name, True, check() or ""))
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # noqa: BLE001  SystemExit too: the component under test must not end the suite
@@ -189,8 +200,28 @@ def config_is_frozen(subject: Subject) -> str:
 
 
 @contextmanager
+def _put_back() -> Iterator[None]:
+    """Whatever happens inside, the process-wide settings of torch, numpy and Python are as before afterwards."""
+    import numpy as np
+    import torch
+
+    world, states = _world(), (torch.get_rng_state(), np.random.get_state(), random.getstate())
+    try:
+        yield
+    finally:
+        torch.set_grad_enabled(world["gradient mode"])
+        torch.set_default_dtype(world["the default dtype"])
+        torch.set_num_threads(world["the number of threads"])
+        torch.set_float32_matmul_precision(world["matmul precision"])
+        torch.use_deterministic_algorithms(world["deterministic algorithms"])
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])
+
+
+@contextmanager
 def world_unchanged() -> Iterator[None]:
-    """What surrounds the component is as before: random states, gradient mode, default dtype, threads, precision, precision of matmul."""
+    """What surrounds the component is as before: random states, gradient mode, default dtype, threads, precision, folder, environment."""
     before = _world()
     yield
     after = _world()

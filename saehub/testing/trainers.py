@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,6 +56,7 @@ class Bench:
         rows = steps * self.batch
         x_ND, self.dictionary_FD = planted(rows + 8192, d, n_features, l0, seed=3)
         self.x_ND, self.pool = x_ND[:rows].to(device), Pool(x_ND[rows:].to(device))
+        self.pristine = self.pool.x_ND.clone()
         self.job = Job(
             id="conformance", site="resid_post.0", target_site=None, d_in=d, d_out=d, steps=steps, batch=self.batch, rows=rows, seed=0, device=device
         )
@@ -92,6 +93,7 @@ def check_trainer(
     recover: float = 0.8,
     refuses: Iterable[Mapping[str, Any]] = (),
     device: str = "cpu",
+    only: Collection[str] | None = None,
 ) -> ConformanceReport:
     """Everything that `saehub.api.Trainer` promises, on planted features.
 
@@ -102,6 +104,7 @@ def check_trainer(
         recover: mean max cosine that the learned decoder must reach with the planted features (random rows reach about 0.4 at the defaults).
         refuses: settings that the trainer must refuse, such as `[{"k": 100_000}]`.
         device: where it trains.
+        only: names of the checks to run; None: all.
     """
     subject = resolve("trainer", component, with_)
     bench = Bench(subject, d, n_features, l0, steps, device)
@@ -120,7 +123,7 @@ def check_trainer(
         ("warm start done or refused", lambda: _warm_start(bench)),
         ("finds planted features", lambda: _recovers(bench, recover)),
     ]
-    return run_checks("trainer", subject.name, checks)
+    return run_checks("trainer", subject.name, checks, only)
 
 
 def _problems(bench: Bench, job: Job) -> list[str] | None:
@@ -211,9 +214,8 @@ def tensors_on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _inputs_untouched(bench: Bench) -> str:
     import torch
 
-    before = bench.pool.x_ND.clone()
     session = bench.open(bench.short())
-    expect(torch.equal(before, bench.pool.x_ND), "open() changed the calibration rows")
+    expect(torch.equal(bench.pristine, bench.pool.x_ND), "open() changed the calibration rows")
     for step in range(3):
         x_BD = bench.batch_at(step)
         kept = x_BD.clone()
