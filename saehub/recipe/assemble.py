@@ -40,8 +40,9 @@ def overrides_as_text(overrides: Sequence[str] | Mapping[str, Any]) -> list[str]
 
         return [f"{key}={dump_inline(value)}" for key, value in overrides.items()]
     if isinstance(overrides, str):
-        return [overrides]
-    return [str(item) for item in overrides]
+        overrides = [overrides]
+    # Bytes of the command line that are no UTF-8 arrive as lone surrogates, which cannot be printed.
+    return ["".join("\ufffd" if "\ud800" <= c <= "\udfff" else c for c in str(item)) for item in overrides]
 
 
 def assemble(path: Path, name: str, overrides: Sequence[str], catalog: Catalog | None, text: str | None = None) -> tuple[Node | None, list[Problem], bool]:
@@ -73,7 +74,7 @@ def _with_bases(path: Path, name: str, catalog: Catalog | None, problems: list[P
     if document.problems:
         return None
     root = document.root
-    if root is None:
+    if root is None or root.data is None:
         hint = "begin with one that works: saehub recipe cp topk-llama my-recipe.yaml"
         problems.append(Problem(name, 0, 0, "", "the file is empty", hint))
         return None
@@ -245,7 +246,6 @@ def _expand_shorthands(root: Node, problems: list[Problem]) -> None:
 
 def _override(root: Node, option: str, problems: list[Problem]) -> None:
     """Apply one `a.b=v`. Steps into lists go by id, by `uses`, or by index; the value follows the same YAML rules as a file."""
-    option = option.encode("utf-8", "replace").decode("utf-8")
     mark = Mark(f"--set {option}")
     key, equals, value_text = option.partition("=")
     steps = [step.strip() for step in key.split(".")]

@@ -73,7 +73,8 @@ def _check(path: Path, name: str, overrides: Overrides, catalog: Catalog | None,
         from saehub.plugins import catalog as installed
 
         catalog = installed()
-    root, problems, complete = assemble(path, name, overrides_as_text(overrides), catalog, text)
+    options = overrides_as_text(overrides)
+    root, problems, complete = assemble(path, name, options, catalog, text)
     recipe = None
     if root is not None:
         version = _version_problem(root)
@@ -85,7 +86,7 @@ def _check(path: Path, name: str, overrides: Overrides, catalog: Catalog | None,
             if not complete:  # what an unreadable base would have brought is not missing here
                 found = [problem for problem in found if not _absence(problem)]
             problems += found
-    problems = _sorted(problems, name)
+    problems = _sorted(problems, name, options)
     failed = any(problem.severity == "error" for problem in problems)
     return (None if failed else recipe), problems
 
@@ -106,9 +107,12 @@ def _version_problem(root: Node) -> Problem | None:
     return Problem.at(node.mark, "saehub", f"recipe format {node.data} is not known; this saehub reads format {FORMAT_VERSION}", hint)
 
 
-def _sorted(problems: list[Problem], name: str) -> list[Problem]:
+def _sorted(problems: list[Problem], name: str, options: list[str]) -> list[Problem]:
     """Without repetitions; the recipe's own file first, then those that it extends, then options; by line and column."""
     order = {name: 0}
     for problem in problems:
-        order.setdefault(problem.file, len(order) + (1000 if problem.file.startswith("--set") else 0))
+        if not problem.file.startswith("--set "):
+            order.setdefault(problem.file, len(order))
+    for option in options:
+        order.setdefault(f"--set {option}", len(order))
     return sorted(dict.fromkeys(problems), key=lambda problem: (order[problem.file], problem.line, problem.column))

@@ -35,7 +35,7 @@ def builtin_dir() -> Path:
 
 def builtin() -> dict[str, Path]:
     """Built-in recipes by name."""
-    return {path.stem: path for path in sorted(builtin_dir().glob("*.yaml"))}
+    return {path.stem: path for path in sorted(builtin_dir().glob("*.yaml"), key=lambda path: path.stem)}
 
 
 def _all(catalog: Catalog | None) -> dict[str, Path]:

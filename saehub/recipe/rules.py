@@ -70,10 +70,11 @@ class Rules(Places):
 
     def ids(self, sites: list[str]) -> set[str]:
         """Every id that a `saes:` filter may name: written ones, members of sweeps, one per site."""
-        known = set(self.unique([entry.get("id") for section in ("train", "saes") for entry in self.entries(section)]))
+        written = self.unique([entry.get("id") for section in ("train", "saes") for entry in self.entries(section)])
+        known = set(written)
         for entry in self.entries("train"):
             name, sweep = entry.text("id"), self.sweep(entry, quiet=True)
-            if name is None:
+            if name is None or written[name] is not entry.get("id"):  # a repeated id is reported already
                 continue
             made = [name + suffix for suffix, _ in combinations(sweep)] if sweep else [name]
             swept_sites = sweep is not None and "site" in sweep

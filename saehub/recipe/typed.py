@@ -148,6 +148,8 @@ def _locate(root: Node, loc: tuple[Any, ...]) -> Node:
 def _problem(errors: list[dict[str, Any]], node: Node, missing: str) -> Problem:
     first = errors[0]
     if missing:
+        if isinstance(first["loc"][-1], int):  # a tuple of fixed length
+            return Problem.at(node.mark, node.path, f"should have at least {first['loc'][-1] + 1} items, got {len(node.items())}")
         return Problem.at(node.mark, node.path, f"missing key {missing!r}")
     kind = first["type"]
     if kind == "value_error":
