@@ -80,7 +80,7 @@ class TrainConfig:
         for name in ("warmup", "decay"):
             if not 0 <= getattr(self, name) <= 1:
                 yield f"{name} is {getattr(self, name):g}; it is a share of the steps, from 0 to 1"
-        if self.warmup + self.decay > 1:
+        if self.warmup <= 1 and self.decay <= 1 and self.warmup + self.decay > 1:
             yield f"warmup {self.warmup:g} and decay {self.decay:g} overlap; together they may be at most 1"
         if not all(0 <= beta < 1 for beta in self.betas):
             yield f"betas are {list(self.betas)}; both must lie in [0, 1)"
@@ -131,11 +131,11 @@ class TopKConfig(TrainConfig):
         latents = self.d_sae(job)
         if self.k < 1:
             yield f"k is {self.k}; it must be at least 1"
-        elif self.k > latents:
+        elif self.k > latents >= 1:
             yield f"k is {self.k}, the dictionary has {latents} latents; lower k, or raise expansion"
         if self.auxk_alpha < 0:
             yield f"auxk_alpha is {self.auxk_alpha:g}; it must be at least 0 (0 turns AuxK off)"
-        if self.k_aux is not None and not 1 <= self.k_aux <= latents:
+        if self.k_aux is not None and not 1 <= self.k_aux <= max(1, latents):
             yield f"k_aux is {self.k_aux}; it must lie between 1 and the {latents} latents"
         if self.dead_after is not None and self.dead_after < 1:
             yield f"dead_after is {self.dead_after} rows; it must be at least 1"
