@@ -59,6 +59,7 @@ def convert(
     Raises Refused (exit code 1) where the target cannot say it, or where the two differ and `allow_lossy` is not set; UsageError for an
     unknown format or an existing `dst`; MissingDependency where a library that must run is not installed.
     """
+    from saehub.checkpoint.inputs import open_model
     from saehub.checkpoint.load import _unknown, codec, find_format, locate
 
     path, origin = locate(src)
@@ -76,6 +77,7 @@ def convert(
     reason = getattr(target.codec, "refusal", lambda sae: None)(source.sae)
     if reason:
         raise _refused(certificate, reason, source.sae, but=target.name)
+    model = open_model(model, source.sae.provenance)
 
     dst.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{dst.name}.", dir=dst.parent))
@@ -144,12 +146,12 @@ class _Side:
         return acts_NF, recon_ND
 
 
-def _certify(certificate: Certificate, source: _Side, target: _Side, model: Any, seed: int, invoke: Invoke | None) -> None:
+def _certify(certificate: Certificate, source: _Side, target: _Side, model: ModelHandle | None, seed: int, invoke: Invoke | None) -> None:
     """Run both, compare, and put numbers and outcome into the certificate."""
     import torch
 
     from saehub.checkpoint.compare import compare
-    from saehub.checkpoint.inputs import ROWS, open_model, rows_for
+    from saehub.checkpoint.inputs import ROWS, rows_for
     from saehub.plugins import catalog
 
     if invoke is None:
@@ -162,7 +164,7 @@ def _certify(certificate: Certificate, source: _Side, target: _Side, model: Any,
                 error.fix = f"{error.fix}   (or --no-verify: the result then says `unverified`)"
                 raise
     rows = max(64, min(ROWS, 2**25 // source.sae.config.d_sae))
-    x_ND, certificate.inputs = rows_for(source.sae, source.probe(), open_model(model, source.sae.provenance), rows=rows, seed=seed)
+    x_ND, certificate.inputs = rows_for(source.sae, source.probe(), model, rows=rows, seed=seed)
     with torch.no_grad():
         found = compare(source.sae, target.sae, source.run(x_ND, invoke), target.run(x_ND, invoke), x_ND)
         certificate.low_precision = _low_precision(source.sae, x_ND)
@@ -178,19 +180,19 @@ def _certify(certificate: Certificate, source: _Side, target: _Side, model: Any,
         certificate.outcome = BY_LIBRARY if by_library else BY_EQUATION
 
 
-def _add_probe(source: _Side, target: _Side, model: Any) -> None:
+def _add_probe(source: _Side, target: _Side, model: ModelHandle | None) -> None:
     """Give a checkpoint in the hub's own format a golden probe: the source's, or one on real activations of `model` (without tokens: those
     rows come from the site that is claimed, so they cannot prove it)."""
     from saehub.checkpoint import format as v1
-    from saehub.checkpoint.inputs import ROWS, open_model, real_rows
+    from saehub.checkpoint.inputs import ROWS, real_rows
     from saehub.checkpoint.probe import make_probe
 
-    old, opened = source.probe(), open_model(model, source.sae.provenance)
+    old = source.probe()
     if old is not None:
         tokens = (old.token_ids_N, old.positions_N, None if old.contexts_ST is None else old.contexts_ST[old.context_of_row_N])
         probe = make_probe(target.sae, old.x_ND, *tokens, target_ND=old.target_ND)
-    elif opened is not None:
-        probe = make_probe(target.sae, real_rows(opened, str(source.sae.provenance.get("site") or ""), ROWS))
+    elif model is not None:
+        probe = make_probe(target.sae, real_rows(model, str(source.sae.provenance.get("site") or ""), ROWS))
     else:
         return
     v1.save(target.sae, target.path, probe=probe, overwrite=True)

@@ -159,7 +159,10 @@ def load(path: str | Path, *, check_hashes: bool = True, device: str = "cpu") ->
     path = Path(path)
     header = read_header(path)
     config = read_config(path, header)
-    cls = architecture(config.architecture, header.get("architecture_provider"))
+    try:
+        cls = architecture(config.architecture, header.get("architecture_provider"))
+    except FormatError as error:
+        raise _in_file(error, path) from error
     tensors = read_tensors(path / WEIGHTS, header["tensors"])
     if check_hashes:
         for name, tensor in tensors.items():

@@ -234,12 +234,15 @@ def _nearest_site(model: ModelHandle, probe: Probe, rows_ND: torch.Tensor) -> tu
     """Of all named sites of the model, the one whose rows are nearest, and how near in the worst row."""
     from saehub.sites import KINDS, Site
 
+    from saehub.activations.taps import resolve
+
     names = []
     for name in ["embed", *(f"{kind}.{layer}" for layer in range(model.shape.n_layers) for kind in KINDS if kind != "embed")]:
         try:
             if Site.parse(name).width(model.shape) == rows_ND.shape[1]:
+                resolve(model.hf, Site.parse(name).tap(model.shape).module)
                 names.append(name)
-        except UsageError:  # a site that this family lacks
+        except UsageError:  # a site that this family, or this model, lacks
             continue
     if not names:
         return None, float("inf")
