@@ -263,7 +263,7 @@ class ModelHandle:
         return cls(hf, words, device, shape_of(config, spec.name), spec, fingerprint(spec))
 
     def bridge(self) -> Any:
-        """A transformer_lens TransformerBridge over the same weights (unprocessed, nothing copied); `hf` itself stays as it is."""
+        """A transformer_lens TransformerBridge over the same parameters (unprocessed, not copied); `hf` itself stays as it is."""
         if self._bridge is None:
             try:
                 from transformer_lens.model_bridge import TransformerBridge
@@ -291,7 +291,7 @@ def _auto_class(config: dict) -> str:
 
 
 def site_width(spec: ModelSpec, site: Site, shape: ModelShape) -> int:
-    """Size of the last dimension at `site`: from the tables, else from a forward pass without data or weights (torch's meta device)."""
+    """Size of the last dimension at `site`: from the tables, else from the shapes of the module's own weights (built without data on the meta device)."""
     width = site.width(shape)
     if width is not None:
         return width
@@ -303,5 +303,12 @@ def site_width(spec: ModelSpec, site: Site, shape: ModelShape) -> int:
     config = _config(spec.name, spec.revision, fetch=True)
     with torch.device("meta"):
         model = getattr(transformers, _auto_class(config)).from_config(transformers.AutoConfig.for_model(**config))
-        rows = taps.read(model.eval(), torch.zeros(1, 2, dtype=torch.int64), {"site": site.tap(shape)})
-    return rows["site"].shape[-1]
+    module = taps.resolve(model, site.module)
+    weight = getattr(module, "weight", None)
+    if weight is not None and weight.ndim == 1:  # a norm
+        return weight.shape[0]
+    if isinstance(module, torch.nn.Linear):
+        return weight.shape[1] if site.io == "in" else weight.shape[0]
+    if weight is not None and weight.ndim == 2 and (isinstance(module, torch.nn.Embedding) or type(module).__name__ == "Conv1D"):
+        return weight.shape[0] if site.io == "in" and not isinstance(module, torch.nn.Embedding) else weight.shape[1]
+    raise UsageError(f"the width at {site} cannot be read before the model runs", why=f"it is a {type(module).__name__}", fix="name a linear layer or norm beside it")
