@@ -136,25 +136,27 @@ def _replay(report: Report, sae: SAE, probe: Probe) -> None:
         values, indices, offsets, reconstruction_ND, _ = answers(sae, probe.x_ND)
     shape = (probe.rows, sae.config.d_sae)
     worst_feature, flipped = 0.0, 0
+    compared_N = torch.ones(probe.rows, dtype=torch.bool)
     for row in range(probe.rows):
         was, now = torch.zeros(shape[1], dtype=torch.float64), torch.zeros(shape[1], dtype=torch.float64)
         was[probe.feature_indices[probe.row_offsets[row] : probe.row_offsets[row + 1]]] = probe.feature_values[probe.row_offsets[row] : probe.row_offsets[row + 1]]
         now[indices[offsets[row] : offsets[row + 1]]] = values[offsets[row] : offsets[row + 1]]
         scale = max(float(was.abs().max()), float(now.abs().max()), 1e-300)
         if bool(((was != 0) != (now != 0)).any()):
-            if float(probe.margin_N[row]) > REPLAY_TOLERANCE * scale:
-                flipped += 1
-            continue  # a tie within rounding: the latents differ, the margin says why
+            compared_N[row] = False  # other latents, another reconstruction
+            flipped += float(probe.margin_N[row]) > REPLAY_TOLERANCE * scale  # else a tie within rounding: the margin says why
+            continue
         worst_feature = max(worst_feature, float((was - now).abs().max()) / scale)
     scale_N = torch.maximum(probe.reconstruction_ND.abs().amax(1), reconstruction_ND.abs().amax(1)).clamp(min=1e-300)
-    untied = probe.margin_N > REPLAY_TOLERANCE * scale_N
-    differences_N = (probe.reconstruction_ND - reconstruction_ND).abs().amax(1) / scale_N
-    worst_output = float(differences_N[untied].max()) if bool(untied.any()) else 0.0
+    differences_N = ((probe.reconstruction_ND - reconstruction_ND).abs().amax(1) / scale_N)[compared_N]
+    worst_output = float(differences_N.max()) if differences_N.numel() else 0.0
     detail = f"float64: features within {worst_feature:.1e}, reconstruction within {worst_output:.1e}, {flipped} rows with other latents; mean L0 {probe.mean_l0:.1f}"
     if flipped or worst_feature > REPLAY_TOLERANCE or worst_output > REPLAY_TOLERANCE:
         report.add("probe replay", "failed", f"{detail} (allowed {REPLAY_TOLERANCE:.0e})", "this dictionary is not the one that was saved: restore it")
     elif probe.active_rows < ACTIVE_SHARE * probe.rows:
         report.add("probe replay", "inconclusive", f"{detail}; only {probe.active_rows} of {probe.rows} rows activate any latent", "save again with a probe of rows it activates on")
+    elif int(compared_N.sum()) < ACTIVE_SHARE * probe.rows:
+        report.add("probe replay", "inconclusive", f"{detail}; {probe.rows - int(compared_N.sum())} of {probe.rows} rows are ties", "save again with a probe of other rows")
     else:
         report.add("probe replay", "ok", detail)
 
