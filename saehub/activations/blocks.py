@@ -166,7 +166,7 @@ class BlockStream:
                     raise StageFailed(f"the extractor gives no rows for site {site!r}", why=f"it gives {', '.join(rows.acts)}", where="extract.sites")
                 x_ND = rows.acts[site]
                 kept_ND = x_ND.index_select(0, source_N.to(x_ND.device)).to(device=device, dtype=self.dtype)
-                _check_finite(kept_ND, x_ND, site, batch, self.dtype_name)
+                _check_finite(kept_ND, x_ND, source_N, site, batch, self.dtype_name)
                 if site not in acts:
                     acts[site] = torch.empty(n_out, x_ND.shape[1], dtype=self.dtype, device=device)
                 acts[site].index_copy_(0, target_N.to(device), kept_ND)
@@ -217,11 +217,11 @@ def scale_of(rows_ND: Tensor, normalize: str) -> float:
     return (rows_ND.shape[1] ** 0.5 if normalize == "sqrt_d" else 1.0) / mean
 
 
-def _check_finite(kept_ND: Tensor, raw_ND: Tensor, site: str, batch: int, dtype: str) -> None:
+def _check_finite(kept_ND: Tensor, raw_ND: Tensor, source_N: Tensor, site: str, batch: int, dtype: str) -> None:
     if not kept_ND.numel() or bool(torch.isfinite(kept_ND.sum())) or bool(torch.isfinite(kept_ND).all()):  # the sum is one cheap pass, and may overflow
         return
     bad = int((~torch.isfinite(kept_ND).all(dim=1)).sum())
-    overflow = bool(torch.isfinite(raw_ND).all())
+    overflow = bool(torch.isfinite(raw_ND.cpu()[source_N]).all())
     raise StageFailed(
         f"{bad} of {kept_ND.shape[0]} activation rows at {site} are NaN or infinite (language-model batch {batch})",
         where="extract",
