@@ -29,6 +29,7 @@ class TopK:
     verbose: bool = False
     optimizer: Optimizer = field(default_factory=Optimizer)
     share: Annotated[float, Gt(0), Le(1)] = 1.0
+    batch: int = 2048
 
     def __post_init__(self):
         if self.k == 13:
@@ -42,11 +43,16 @@ class TopK:
 
 
 @dataclass(frozen=True)
+class Core:
+    loss_sequences: int | None = None
+
+
+@dataclass(frozen=True)
 class Bad:
     there: "NoSuchType"  # noqa: F821
 
 
-CONFIGS = {"Optimizer": Optimizer, "TopK": TopK, "Bad": Bad}
+CONFIGS = {"Optimizer": Optimizer, "TopK": TopK, "Core": Core, "Bad": Bad}
 COMPONENTS = [
     ("extractor", "native", Component("hf", "nowhere:HF", needs=("model", "tokens"))),
     ("extractor", "native", Component("files", "nowhere:Files")),
@@ -55,7 +61,7 @@ COMPONENTS = [
     ("trainer", "rival", Component("relu", "nowhere:Relu", config=f"{MODULE}:TopK", requires=("no_such_library",), extra="rival")),
     ("trainer", "broken", Component("config", "nowhere:X", config=f"{MODULE}:Gone")),
     ("trainer", "broken", Component("types", "nowhere:X", config=f"{MODULE}:Bad")),
-    ("evaluator", "native", Component("core", "nowhere:Core", needs=("model", "tokens"))),
+    ("evaluator", "native", Component("core", "nowhere:Core", config=f"{MODULE}:Core", needs=("model", "tokens"))),
     ("exporter", "saelens", Component("saelens", "nowhere:Codec")),
 ]
 

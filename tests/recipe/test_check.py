@@ -69,7 +69,7 @@ EXPECTED = [
     ("many]", 1, "train.swept.sweep.k.1: should be a whole number, got 'many'", None),
     ("sede", 1, "train.swept.sweep.sede: 'sede' cannot be swept: native/topk has no such setting; did you mean 'seed'?", ...),
     ("b]", 1, "evaluate.native/core.saes.0: no SAE has the id 'b'", ...),
-    ("anything", 1, "evaluate.native/core.with: unknown key 'anything': native/core takes no settings", None),
+    ("anything", 1, "evaluate.native/core.with: unknown key 'anything' of native/core", "known keys: loss_sequences"),
     ("sed: 3", 1, "unknown key 'sed'; did you mean 'seed'?", None),
 ]  # fmt: skip
 
@@ -161,12 +161,12 @@ def test_exponents_and_integers_where_numbers_are_meant(catalog, good):
 def test_make_config(catalog):
     topk = catalog.find("trainer", "native/topk")
     assert make_config(topk, {"k": 3}).k == 3
-    assert make_config(catalog.find("evaluator", "core"), {}) is None
+    assert make_config(catalog.find("exporter", "saelens"), {}) is None
     with pytest.raises(UsageError, match="unknown key 'kk' of native/topk; did you mean 'k'") as caught:
         make_config(topk, {"kk": 3, "k": "no"})
     assert "should be a whole number, got 'no'" in str(caught.value)
     with pytest.raises(UsageError, match="takes no settings"):
-        make_config(catalog.find("evaluator", "core"), {"x": 1})
+        make_config(catalog.find("exporter", "saelens"), {"x": 1})
     with pytest.raises(UsageError, match="missing key 'k'"):
         make_config(topk)
 
@@ -260,6 +260,7 @@ def test_domains_of_evaluation(catalog, good):
         ("[resid_post.2]", "[resid_post.2, resid_post.2]", "stands here a second time"),
         ("[resid_post.2]", "resid_post.2", "should be a list, got 'resid_post.2'"),
         ("uses: native/topk,", "uses: native/topk, site: resid_post.3,", "'resid_post.3' is not among extract.sites; did you mean 'resid_post.2'"),
+        ("{uses: native/core}", "{uses: native/core}\nexport:\n  - {uses: saelens, with: {x: 1}}", "unknown key 'x': saelens/saelens takes no settings"),
         ("id: a,", "id: a b,", "cannot be the name of a folder"),
         ("id: a,", "id: 32,", "should be text, got 32"),
         ("id: a,", "", "missing key 'id'"),

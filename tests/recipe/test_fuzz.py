@@ -11,7 +11,7 @@ from saehub.recipe.load import load_bytes
 SOURCES = sorted(builtin_dir().glob("*.yaml"))
 PIECES = ["\t", "[", "]", "{", "}", ":", ": ", "- ", "&a ", "*a", "<<: ", "!x ", "|\n", ">\n", '"', "'", "#", "---\n", "...\n", "?", "%", "@", "`", "\n", "\r", " ", "  ", "\x00", "\x85", "\u2028", "\ufeff", "~", "null", "true", "-1", "0", "1e999", ".nan", "9" * 400, "é", "日本", "\U0001f600", "remove: true\n", "extends: topk-llama\n", "id: native-k32\n", "sweep: {k: [1, 2]}\n", "with: {}\n", "<<<<<<< x\n"]  # fmt: skip
 PATHS = ["", "a", "train", "train.0", "train.native-k32", "train.native-k32.with.k", "train.9", "data.train", "data.train.mix.0.source", "data.eval.in_sample", "model", "model.shape", "extract.sites", "extract.sites.0", "extract.with", "evaluate.native/core.saes", "export.0", "saehub", "name", "train.0.sweep", "train.0.sweep.k", "saes", "saes.0.load", "seed"]  # fmt: skip
-VALUES = ["", "1", "-1", "x", "[]", "{}", "[1, x]", "{a: {b: [c]}}", "true", "null", "1e6", "1.5", "'", "[", "{remove: true}", "[[[]]]", "a: b", "[{id: x}]", "{k: [1, 2], seed: [0]}", "&a [*a]", "builtin/nothing", "../..", "\x00", "hf://x/y"]  # fmt: skip
+VALUES = ["", "1", "-1", "x", "[]", "{}", "[1, x]", "{a: {b: [c]}}", "true", "null", "1e6", "1.5", "'", "[", "{remove: true}", "[[[]]]", "a: b", "[{id: x}]", "{k: [1, 2], seed: [0]}", "&a [*a]", "builtin/nothing", ".", "\x00", "hf://x/y"]  # fmt: skip
 
 
 def mutate(text, rng):
@@ -108,7 +108,8 @@ def test_mutated_structure(catalog, good):
 
 
 @pytest.mark.quick
-def test_random_overrides(catalog, good, tmp_path):
+def test_random_overrides(catalog, good, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     path = tmp_path / "good.yaml"
     path.write_text(good.replace("id: a", "id: native-k32"))
     rng = random.Random("overrides")
