@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import click
 
 from saehub.cli.lazy import SETTINGS
 from saehub.cli.options import json_option, not_yet
-from saehub.cli.talk import out_json, plain, say
+from saehub.cli.talk import clean, out, out_json, plain, say, style
 
 MODEL = click.option("--model", metavar="MODEL", help="builtin/tiny-llama, a Hugging Face id or a local folder.")
 
@@ -33,18 +33,18 @@ def convert(source: str, destination: Path, to: str, from_: str | None, model: s
     """
     if push:
         raise not_yet("convert --push", f"convert without --push, then: huggingface-cli upload {push.removeprefix('hf://')} {destination}")
+    from saehub.checkpoint.certificate import FILE, INCONCLUSIVE, REFUSED
     from saehub.checkpoint.convert import convert as do
+    from saehub.cli.failure import FAILED, OK
 
     certificate = do(source, destination, to, from_=from_, model=model, allow_lossy=allow_lossy, keep_original=keep_original, verify=not no_verify)
-    data = _data(certificate)
     if as_json:
-        out_json({"certificate": data})
+        out_json({"certificate": certificate.to_json()})
     else:
-        from saehub.cli import render
-
-        render.facts(flat(data))
-        say(f"\nwritten: {destination}")
-    return _outcome_code(data)
+        out(clean(certificate))
+        say(f"\nwritten: {destination} (certificate: {destination / FILE})")
+    # What was asked to be unproved (--no-verify, --allow-lossy) is no failure; what could not be proved is.
+    return FAILED if certificate.outcome in (INCONCLUSIVE, REFUSED) else OK
 
 
 @click.command(context_settings=SETTINGS)
@@ -59,7 +59,15 @@ def inspect(path: str, as_json: bool) -> None:
         return out_json({"checkpoint": data})
     from saehub.cli import render
 
-    render.facts(flat(plain(data)))
+    data = plain(data)
+    tensors, provenance, missing = (data.pop(name, None) for name in ("tensors", "provenance", "missing"))
+    render.facts((name, words(value)) for name, value in data.items())
+    if tensors:
+        render.facts(((name, f"{entry.get('dtype')} {entry.get('shape')}") for name, entry in tensors.items()), title="Tensors")
+    if provenance:
+        render.facts(((name, words(value)) for name, value in provenance.items()), title="Provenance")
+    for item in missing or []:
+        say(style("missing", fg="yellow") + f": {clean(item)}")
 
 
 @click.command(context_settings=SETTINGS)
@@ -72,46 +80,26 @@ def verify(path: str, model: str | None, as_json: bool) -> int:
     from saehub.cli.failure import FAILED, OK
 
     report = prove(path, model=model)
-    data = _data(report)
-    failed = any(check.get("status") == "failed" for check in data.get("checks", []))
     if as_json:
-        out_json({"path": path, "ok": not failed, **data})
-        return FAILED if failed else OK
+        out_json({"report": report.to_json()})
+        return OK if report.ok else FAILED
     from saehub.cli import render
 
-    render.table(("check", "status", "detail"), [(item.get("name"), str(item.get("status")).replace("_", " "), item.get("detail")) for item in data.get("checks", [])])
+    render.table(("check", "status", "detail"), [(check.name, check.status, check.detail) for check in report.checks])
     say()
-    say(f"{path}: {'FAILED' if failed else 'verified'}")
-    return FAILED if failed else OK
+    for check in report.checks:
+        if check.fix:
+            say(f"{check.name}: {check.fix}")
+    say(style("verified", fg="green") if report.ok else style("NOT verified", fg="red", bold=True))
+    return OK if report.ok else FAILED
 
 
-def _data(result: Any) -> dict:
-    return plain(result.to_json() if hasattr(result, "to_json") else result)
-
-
-def _outcome_code(data: Mapping[str, Any]) -> int:
-    """1 where the certificate came out negative or could not decide."""
-    from saehub.cli.failure import FAILED, OK
-
-    return FAILED if str(data.get("outcome", "")).startswith(("inconclusive", "failed", "refused")) else OK
-
-
-def flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """`a.b` -> text, in order: nested data as lines."""
-    for name, value in data.items():
-        label = f"{prefix}{name}"
-        if isinstance(value, Mapping) and value:
-            yield from flat(value, f"{label}.")
-        elif isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
-            for i, item in enumerate(value):
-                yield from flat(item, f"{label}[{i}].")
-        else:
-            yield label, _words(value)
-
-
-def _words(value: Any) -> str:
+def words(value: Any) -> str:
+    """Plain data as one line: `name builtin/tiny-llama, dtype float32`; what is empty is left out, or `-` by itself."""
     if value is None or value == {} or value == []:
         return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {f'({words(item)})' if isinstance(item, (Mapping, list)) else words(item)}" for name, item in value.items() if item not in (None, {}, []))
+    return ", ".join(map(words, value)) if isinstance(value, list) else str(value)

@@ -112,6 +112,8 @@ def to_json(error: SaehubError) -> dict:
     data = {**error.to_json(), "exit_code": error.exit_code}
     if isinstance(error, RecipeError):
         data["problems"] = [problem_to_json(problem) for problem in error.problems]
+    if hasattr(getattr(error, "certificate", None), "to_json"):
+        data["certificate"] = error.certificate.to_json()
     return data
 
 

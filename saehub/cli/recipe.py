@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -205,10 +205,13 @@ def _warn(made: Plan) -> None:
         say(style("warning", fg="yellow") + f": {clean(words)}")
 
 
-def _checked(name: str, overrides: tuple[str, ...]):
+def _checked(name: str, overrides: tuple[str, ...]) -> tuple[Any, list]:
+    """The recipe (None with errors) and all its problems; a name that is no recipe is a UsageError of its own."""
     from saehub.plugins import catalog
+    from saehub.recipe import library
     from saehub.recipe.check import check as check_recipe
 
+    library.find(name)
     return check_recipe(name, list(overrides), catalog())
 
 

@@ -18,7 +18,7 @@ from saehub.cli.talk import clean, colour, interactive
 from saehub.report import numbers
 from saehub.report.table import Group, Row, dataset_label, footnote, groups, sizes
 
-STATUS = {"ok": "green", "cached": "green", "resume": "yellow", "run": "", "broken": "red", "failed": "red", "disabled": "dim", "not measured": "yellow",
+STATUS = {"ok": "green", "cached": "green", "resume": "yellow", "run": "", "broken": "red", "failed": "red", "disabled": "dim", "not measured": "yellow", "undecided": "yellow",
           "not verified": "yellow", "warning": "yellow", "missing": "yellow", "a better": "green", "b better": "green"}  # fmt: skip
 """Words that have a colour wherever they fill a cell."""
 
@@ -64,13 +64,15 @@ def _grid(columns: Sequence[str], right: Iterable[str] = ()) -> Table:
     return grid
 
 
-def facts(pairs: Iterable[tuple[str, object]]) -> None:
-    """`name   value` lines."""
+def facts(pairs: Iterable[tuple[str, object]], *, title: str = "") -> None:
+    """`name   value` lines, under a bold heading if there is one."""
     grid = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
     for name, value in pairs:
         grid.add_row(text(name), text(value))
+    if title:
+        show(Text(f"\n{clean(title)}", style="bold"))
     show(grid)
 
 
@@ -178,7 +180,8 @@ DETAILS = {
     "rows": lambda n: f"{numbers.count(n)} rows", "tokens": lambda n: f"{numbers.count(n)} tokens", "steps": lambda n: f"{numbers.count(n)} steps",
     "batch": lambda n: f"batch {numbers.count(n)}", "context": lambda n: f"context {n}", "d_sae": lambda n: f"{numbers.count(n)} latents", "d_in": lambda n: f"width {n}",
     "bytes": lambda n: f"disk {numbers.size(n)}", "disk": lambda n: f"disk {numbers.size(n)}", "memory": lambda n: f"memory {numbers.size(n)}",
-    "seconds": lambda n: f"about {numbers.duration(n)}",
+    "source": str, "site": str, "target_site": lambda name: f"→ {name}", "share": lambda shares: "" if len(shares) < 2 else f"shares {', '.join(f'{x:g}' for x in shares)}",
+    "datasets": lambda names: "on " + ", ".join(names), "seconds": lambda n: f"about {numbers.duration(n)}",
 }  # fmt: skip
 """How the numbers of a stage's `detail` are said; any other is `name value`."""
 
@@ -189,7 +192,7 @@ def detail(data: Mapping[str, Any]) -> str:
     for name, value in data.items():
         if value is None or value == "" or isinstance(value, bool) and not value:
             continue
-        if name in DETAILS and isinstance(value, (int, float)):
+        if name in DETAILS:
             words.append(DETAILS[name](value))
         elif isinstance(value, (list, tuple)):
             words.append(f"{name.replace('_', ' ')} {', '.join(map(str, value))}")
@@ -197,7 +200,7 @@ def detail(data: Mapping[str, Any]) -> str:
             words.append(detail(value))
         else:
             words.append(name.replace("_", " ") if value is True else f"{name.replace('_', ' ')} {value}")
-    return " · ".join(words)
+    return " · ".join(filter(None, words))
 
 
 # ---------------------------------------------------------------- progress

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from saehub.cli.talk import SCHEMA, clean, interactive, out_json_line, say, style
@@ -28,10 +29,9 @@ def run_plan(plan: Plan, *, recipe_text: str | None = None, as_json: bool = Fals
     from saehub.cli import render
 
     say(f"run folder: {plan.run_dir}")
-    watcher = render.Bars() if interactive() else Lines(say)
     try:
-        with watcher:
-            result = run(plan, (watcher,), recipe_text=recipe_text)
+        with watcher() as watch:
+            result = run(plan, (watch,), recipe_text=recipe_text)
     except Interrupted:
         raise
     except SaehubError:
@@ -44,6 +44,15 @@ def run_plan(plan: Plan, *, recipe_text: str | None = None, as_json: bool = Fals
         render.results(result.measurements)
         farewell(result)
     return OK
+
+
+def watcher() -> AbstractContextManager[Any]:
+    """The reader of the event stream that suits stderr: bars on a terminal, a line now and then elsewhere."""
+    if not interactive():
+        return Lines(say)
+    from saehub.cli.render import Bars
+
+    return Bars()
 
 
 def summary(result: RunResult) -> dict:
@@ -66,7 +75,7 @@ def farewell(result: RunResult) -> None:
     say(f"report:  {result.run_dir / 'report.html'}")
     for path in result.checkpoints.values():
         say(f"SAE:     saehub.load({str(path)!r})")
-    say(f"again:   saehub runs show {clean(result.run_dir.name)}")
+    say(f"look:    saehub runs show {clean(result.run_dir.name)}")
 
 
 def json_line(event: Any) -> None:

@@ -62,19 +62,24 @@ def _row(run) -> dict:
 @json_option()
 def show(run: str, as_json: bool) -> None:
     """Show a run: its facts and its results."""
-    from saehub.report.card import facts
+    from saehub.report.card import by_section, facts, limits, not_measured
 
     found = _find(run)
     if as_json:
         return out_json({"run": {**_row(found), "card": found.card}, "measurements": [item.to_json() for item in found.measurements]})
     from saehub.cli import render
 
-    render.facts([("run", found.path), ("status", found.status), ("started", numbers.moment(found.when)), *((fact.name, fact.value) for fact in facts(found) if fact.known)])
+    out(str(found.path))
+    for section, lines in by_section(fact for fact in facts(found) if fact.known):
+        render.facts([(fact.name, fact.value) for fact in lines], title=section)
+    for title, items in (("Not measured", not_measured(found)), ("Known limits", limits(found))):
+        if items:
+            render.facts([("", item) for item in items], title=title)
     out()
     render.results(found.measurements)
-    for name in ("report.html", "run_card.md"):
-        if (found.path / name).is_file():
-            say(f"\n{found.path / name}" if name == "report.html" else str(found.path / name))
+    page = found.path / "report.html"
+    if page.is_file():
+        say(f"\nreport:  {page}")
 
 
 @runs.command("compare")
@@ -144,4 +149,4 @@ def gc(yes: bool, keep: tuple[Path, ...], as_json: bool) -> None:
     from saehub.cli import render
 
     render.table(("kind", "what", "size", "why"), [(entry.kind, entry.path.name, numbers.size(entry.bytes), entry.why) for entry in entries], right=["size"])
-    say(f"\n{'removed' if yes else 'would free'} {numbers.size(total)} in {len(entries)} entries" + ("" if yes else "; to remove them: saehub runs gc --yes"))
+    say(f"\n{'removed' if yes else 'would free'} {numbers.size(total)} in {len(entries)} {'entry' if len(entries) == 1 else 'entries'}" + ("" if yes else "; to remove them: saehub runs gc --yes"))

@@ -59,6 +59,8 @@ def page(run: RunFolder) -> dict[str, Any]:
         "style": Markup((TEMPLATES / "style.css").read_text(encoding="utf-8")),
         "run": run,
         "title": run.card.get("recipe") or run.name,
+        "description": run.card.get("description"),
+        "model": (run.card.get("model") or {}).get("name"),
         "when": numbers.moment(run.when),
         "took": numbers.duration(run.card.get("seconds")),
         "errors": [error.get("what") for error in run.card.get("errors") or []],
@@ -67,13 +69,12 @@ def page(run: RunFolder) -> dict[str, Any]:
         "curves": [Curve(title, Markup(picture)) for title, picture in curves(run)],
         "legend": legend(run),
         "densities": [Curve(title, Markup(picture), text, names) for title, picture, text, names in densities(run)],
-        "sections": sections(card.facts(run)),
+        "sections": card.by_section(card.facts(run)),
         "not_measured": card.not_measured(run),
         "limits": card.limits(run),
         "checkpoints": [(name, f"checkpoints/{name}", _saved(run, name)) for name in run.checkpoints()],
         "exports": [(form, name, f"exports/{form}/{name}") for form, entries in run.exports().items() for name in entries],
         "definitions": definitions.texts(run.measurements),
-        "label": table.dataset_label,
     }
 
 
@@ -190,17 +191,6 @@ def densities(run: RunFolder) -> list[tuple[str, str, str, list[tuple[str, int]]
         if picture or silent:
             found.append((" + ".join(subjects), picture, "; ".join(silent), [(one.name, one.colour % 6) for one in series]))
     return found
-
-
-# ---------------------------------------------------------------- facts
-
-
-def sections(facts: Iterable[card.Fact]) -> list[tuple[str, list[card.Fact]]]:
-    """The facts by section, in order."""
-    found: dict[str, list[card.Fact]] = {}
-    for fact in facts:
-        found.setdefault(fact.section, []).append(fact)
-    return list(found.items())
 
 
 def _saved(run: RunFolder, name: str) -> str:

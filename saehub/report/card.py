@@ -48,6 +48,14 @@ def facts(run: RunFolder) -> list[Fact]:
     return found
 
 
+def by_section(facts: Iterable[Fact]) -> list[tuple[str, list[Fact]]]:
+    """The facts by section, in order."""
+    found: dict[str, list[Fact]] = {}
+    for fact in facts:
+        found.setdefault(fact.section, []).append(fact)
+    return list(found.items())
+
+
 def _sections(run: RunFolder) -> Iterator[tuple[str, Iterable[tuple[str, Any]]]]:
     card = run.card
     yield "Model", _model(card.get("model"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -60,12 +61,20 @@ class RunFolder:
 
     @property
     def status(self) -> str:
-        """`finished`, `failed`, `interrupted`, `unfinished`, as the last telling event has it."""
-        words = {"run_finished": "finished", "stage_failed": "failed", "interrupted": "interrupted", "run_started": "unfinished"}
+        """`finished`, `failed`, `interrupted`, `unfinished` (at work, or killed) or `unknown`."""
+        words = {"run_finished": "finished", "interrupted": "interrupted", "run_started": "unfinished"}
         told = next((words[event.kind] for event in reversed(self.events) if event.kind in words), None)
-        if told == "finished":
-            return str(self.card.get("status") or self.events[-1].data.get("status") or "finished")
-        return told or str(self.card.get("status") or "unknown")
+        if told in (None, "unfinished") and self._card_is_newer():  # the card is written before the last event, and a failed run has none
+            return str(self.card.get("status") or "unknown")
+        return told or "unknown"
+
+    def _card_is_newer(self) -> bool:
+        """Whether the card was written after the run last started; `written` has whole seconds."""
+        try:
+            written = datetime.strptime(str(self.card.get("written")), "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC).timestamp()
+        except ValueError:
+            return bool(self.card) and self.when is None
+        return self.when is None or written >= int(self.when)
 
     @property
     def when(self) -> float | None:

@@ -12,8 +12,8 @@ from saehub.report import numbers
 ARROWS = {"higher": "↑", "lower": "↓", "none": ""}
 FIRST = ("in_sample", "out_of_sample")
 """Datasets that come first, in this order; any other follows in order of appearance, and `no dataset` is last."""
-HEADLINES = ("fvu", "ce_recovered_zero", "l0", "dead_share")
-"""What one wants to know first, in this order."""
+HEADLINES = (("fvu",), ("ce_recovered_zero",), ("l0",), ("dead_share", "dead_share@1e-04", "never_fired_share"))
+"""What one wants to know first, in this order; of each, the first metric that has a value."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Cell:
     """One number on one dataset."""
 
     text: str
-    """`0.1290 ± 0.0021`, `failed`, or `not measured`."""
+    """`0.1290 ± 0.0021`, `failed`, `not measured`, or `undecided` where the evaluator looked and could not tell."""
     status: str
     """`ok`, `failed` or `not_measured`."""
     value: float | None = None
@@ -94,7 +94,7 @@ def cell(row: Measurement) -> Cell:
         if row.stderr is None and interval:
             text = f"{numbers.value(row.value)} [{numbers.value(interval[0])}, {numbers.value(interval[1])}]"
     else:
-        text = "failed" if row.status == "failed" else "not measured"
+        text = "failed" if row.status == "failed" else "undecided" if (row.reason or "").startswith("undecided") else "not measured"
     return Cell(text, row.status, row.value, row.stderr, interval, row.n, row.unit_of_n, row.reason, row.note)
 
 
@@ -127,9 +127,9 @@ def groups(measurements: Iterable[Measurement | Mapping[str, Any]]) -> list[Grou
 
 
 def headlines(group: Group) -> list[Row]:
-    """The rows of `HEADLINES` that have a value; `dead_share` may be replaced by itself at another parameter (`dead_share@1e-04`)."""
-    valued = [row for row in group.rows if any(cell.value is not None for cell in row.cells.values())]
-    found = [next((row for row in valued if row.metric == name), None) or next((row for row in valued if row.metric.startswith(f"{name}@")), None) for name in HEADLINES]
+    """One row for each of `HEADLINES`, as far as it was measured."""
+    valued = {row.metric: row for row in group.rows if any(cell.value is not None for cell in row.cells.values())}
+    found = [next((valued[name] for name in names if name in valued), None) for names in HEADLINES]
     return [row for row in found if row is not None]
 
 
