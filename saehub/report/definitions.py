@@ -12,17 +12,15 @@ from saehub.report.table import Row
 
 @lru_cache(maxsize=32)
 def _of(evaluator: str) -> Mapping[str, Any]:
-    """`definitions` of an evaluator: {id: object with `title` and `text`}; empty where it has none, is not installed or needs a worker."""
+    """{id: object with `title` and `text`} from `definitions()` of the evaluator's (torch-free) config class; empty where it has none."""
     from saehub.errors import SaehubError
     from saehub.plugins import catalog
 
     try:
-        registered = catalog().find("evaluator", evaluator)
-        if registered.component.requires:
-            return {}
-        return dict(getattr(registered.load(), "definitions", {}) or {})
-    except SaehubError:
+        tell = getattr(catalog().find("evaluator", evaluator).load_config(), "definitions", None)
+    except SaehubError:  # not installed here, or broken: the ids still stand in the table
         return {}
+    return dict(tell()) if callable(tell) else {}
 
 
 def title(row: Row) -> str:

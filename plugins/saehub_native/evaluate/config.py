@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from saehub_native.evaluate.definitions import Definition
 
 
 @dataclass(frozen=True)
@@ -35,3 +40,10 @@ class CoreConfig:
             raise ValueError(f"histogram_bins is {self.histogram_bins}; give a whole number from 1")
         if self.memory < 2**20:
             raise ValueError(f"memory is {self.memory} bytes; at least 1048576 (1 MiB) is needed")
+
+    @staticmethod
+    def definitions() -> Mapping[str, Definition]:
+        """Definition id -> title and formula, for reports."""
+        from saehub_native.evaluate.definitions import DEFINITIONS
+
+        return DEFINITIONS
