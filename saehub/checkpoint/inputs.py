@@ -20,10 +20,13 @@ ROWS = 256
 """Fresh rows of a certificate."""
 NOISE = 0.05
 """Of a synthetic row's length."""
+EDGE_ROWS, EDGE = 128, 1e-4
+"""Rows that are put next to a threshold, and how near, relative to it: a threshold rounded to bf16 is off by up to 4e-3."""
 
 
 def rows_for(sae: SAE, probe: Probe | None, model: ModelHandle | None, *, rows: int = ROWS, seed: int = 0) -> tuple[Tensor, str]:
-    """Float32 rows [N, d_in] and one phrase on what they are: the probe's, plus `rows` fresh ones, real if there is a model."""
+    """Float32 rows [N, d_in] and one phrase on what they are: the probe's, plus `rows` fresh ones, real if there is a model, plus rows at
+    the thresholds."""
     pieces, words = [], []
     if probe is not None:
         pieces.append(probe.x_ND.float())
@@ -34,14 +37,43 @@ def rows_for(sae: SAE, probe: Probe | None, model: ModelHandle | None, *, rows: 
     else:
         pieces.append(synthetic_rows(sae, rows, seed=seed))
         words.append(f"{rows} synthetic")
-    return torch.cat(pieces), " and ".join(words)
+    edge_ND = edge_rows(sae, torch.cat(pieces), seed=seed)
+    if edge_ND is not None:
+        pieces.append(edge_ND)
+        words.append(f"{edge_ND.shape[0]} at thresholds")
+    return torch.cat(pieces), ", ".join(words)
+
+
+def edge_rows(sae: SAE, x_ND: Tensor, *, seed: int = 0) -> Tensor | None:
+    """Rows moved along an encoder column until one latent's pre-activation is θ (1 ± 1e-4), float32; None where no θ is stored.
+
+    x += (θ (1 ± 1e-4) / n - p) w / ‖w‖², n the decoder norm if it scales p: ordinary rows seldom come near enough to a threshold to tell
+    it from its neighbour.
+    """
+    tensors = sae.tensors()
+    if "threshold" not in tensors or sae.config.norm_in != "none":
+        return None
+    theta_F = tensors["threshold"].double().expand(sae.config.d_sae).clamp(min=0)
+    usable = (theta_F.isfinite() & (tensors["W_enc"].abs().amax(0) > 0)).nonzero().squeeze(1)
+    if not usable.numel():
+        return None
+    draw = generator("edge", seed, sae.config.d_in, sae.config.d_sae)
+    latents_M = usable[torch.randint(usable.numel(), (EDGE_ROWS,), generator=draw)]
+    x_MD = x_ND[torch.arange(EDGE_ROWS) % x_ND.shape[0]].double()
+    columns_MD = tensors["W_enc"][:, latents_M].T.double()
+    p_M = (sae.centre(x_MD) * columns_MD).sum(1) + tensors["b_enc"][latents_M].double()
+    goal_M = theta_F[latents_M] * (1 + EDGE * (1 - 2 * (torch.arange(EDGE_ROWS) % 2)))
+    if sae.config.decoder_norm_scaling:
+        goal_M = goal_M / tensors["W_dec"][latents_M].double().norm(dim=1).clamp(min=1e-30)
+    return (x_MD + ((goal_M - p_M) / columns_MD.square().sum(1))[:, None] * columns_MD).float()
 
 
 def synthetic_rows(sae: SAE, rows: int, *, seed: int = 0) -> Tensor:
     """b_dec + non-negative combinations of decoder rows + noise, float32 [rows, d_in], scaled until the mean L0 is plausible.
 
     Where decoder rows live at another site (transcoders) or input norms hide their scale, encoder columns take their place. Plausible is
-    the architecture's k, else the number of latents combined, as near as powers of two come.
+    the architecture's k, else the number of latents combined, as near as powers of two come; among those, the scale that wakes most
+    latents (at a small one the biases choose, always the same).
     """
     config, draw = sae.config, generator("conversion", seed, sae.config.d_in, sae.config.d_sae)
     combined = max(1, min(sae.max_active or int(config.params.get("k") or 32), 64, config.d_sae))
@@ -54,13 +86,14 @@ def synthetic_rows(sae: SAE, rows: int, *, seed: int = 0) -> Tensor:
     shape_ND = (coefficients_NK.double()[:, :, None] * units_NKD).sum(1)
     noise_ND = torch.randn(rows, config.d_in, generator=draw).double() * shape_ND.norm(dim=1, keepdim=True) * NOISE / config.d_in**0.5
     centre_D = tensors["b_dec"].double() if config.kind == "autoencoder" and config.subtract_b_dec else torch.zeros(config.d_in).double()
-    best, nearest = None, (float("inf"), float("inf"))
+    best, nearest = shape_ND.float(), (float("inf"), 0.0, 0.0)
     for power in range(-8, 13):
         x_ND = (centre_D + 2.0**power * (shape_ND + noise_ND)).float()
         with torch.no_grad():
             active_NF = sae.encode(x_ND, dtype=torch.float32) != 0
-        l0, awake = float(active_NF.sum(1).double().mean()), float(active_NF.any(1).double().mean())
-        distance = (max(0.0, 0.98 - awake), abs(log2(max(l0, 1e-3) / combined)))  # rows must be active first of all
+        l0, awake, exercised = (float(share.double().mean()) for share in (active_NF.sum(1), active_NF.any(1), active_NF.any(0)))
+        # rows must be active first of all; half a power of two of L0 matters less than waking more latents
+        distance = (round(max(0.0, 0.98 - awake), 2), round(2 * abs(log2(max(l0, 1e-3) / combined))) / 2, -exercised)
         if distance < nearest:
             best, nearest = x_ND, distance
     return best
