@@ -166,6 +166,8 @@ class Job:
     """Rows the stream delivers."""
     seed: int
     """From the recipe."""
+    calibration: int = 0
+    """Calibration rows that exist (0: unknown)."""
     device: str = "cpu"
     """Torch device of the parameters (runtime, not in the key)."""
     init_from: str | None = None

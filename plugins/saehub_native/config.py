@@ -38,7 +38,7 @@ class TrainConfig:
     clip: float | None = 1.0
     """Largest L2 norm of the whole gradient (of a loss in units of FVU); None: no clipping."""
     calibration: int = 8192
-    """Calibration rows, never training rows, for b_dec, the first directions and the variance."""
+    """Calibration rows, never training rows, for b_dec, the first directions and the variance: so many, or all there are."""
 
     def architecture(self) -> str:
         """The word in `saehub.json`."""

@@ -48,7 +48,7 @@ class NativeSession:
         self.kernels = pick(job.device)
         module, _, name = config.objective.partition(":")
         self.architecture: Architecture = getattr(import_module(module), name)(config, job, self.kernels)
-        x_ND, y_ND = calibration(config.calibration)
+        x_ND, y_ND = calibration(min(config.calibration, job.calibration or config.calibration))
         x_ND = self._rows(x_ND, job.d_in, "calibration rows")
         y_ND = x_ND if y_ND is None else self._rows(y_ND, job.d_out, "calibration targets")
         params = self.architecture.init(x_ND, y_ND, generator(job.id, job.seed, "init"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,9 +103,9 @@ class PlanProblem:
 
 def make_plan(recipe: Recipe, catalog: Catalog, *, base: Path | None = None, out: Path | None = None, strict_cache: bool = False) -> Plan:
     """Plan `recipe`; raises RecipeError with every problem found. `strict_cache`: results made on another device or torch are misses."""
-    from saehub.recipe import expand_sites
+    from saehub.recipe import expand_sweeps
 
-    return _Planner(expand_sites(recipe), catalog, Path(base).absolute() if base else home(), out, strict_cache).plan()
+    return _Planner(expand_sweeps(recipe), catalog, Path(base).absolute() if base else home(), out, strict_cache).plan()
 
 
 def _policy(train: Any) -> dict[str, Any]:
@@ -286,10 +286,10 @@ class _Planner:
 
     def _train(self) -> list[Stage]:
         made = []
-        for entry in self.recipe.train:  # one entry a site: sweeps and sites are expanded
+        for entry, site in self._each_site():
             path = f"train.{entry.id}"
             registered, config = self._component("trainer", entry.uses, entry.with_, path)
-            site, target = self._canonical(entry.site), self._canonical(entry.target_site)
+            target = self._canonical(entry.target_site)
             absent = [name for name in (site, target) if name is not None and name not in self.widths]
             if absent:
                 self._problem(f"{path}.site", f"{absent[0]} is not extracted", f"extract.sites: [{', '.join([*self.widths, absent[0]])}]")
@@ -297,7 +297,19 @@ class _Planner:
                 continue
             batch, rows = int(getattr(config, "batch", 4096)), self.stream["rows"]
             seed = self.recipe.seed if entry.seed is None else entry.seed
-            job = Job(entry.id, site, target, self.widths[site], self.widths[target or site], rows // batch, batch, rows, seed, init_from=entry.init_from)
+            job = Job(
+                entry.id if entry.site or len(self.widths) == 1 else f"{entry.id}@{site}",
+                site,
+                target,
+                self.widths[site],
+                self.widths[target or site],
+                rows // batch,
+                batch,
+                rows,
+                seed,
+                self.recipe.extract.calibration,
+                init_from=entry.init_from,
+            )
             if job.steps < 1:
                 self._problem(f"{path}.with.batch", f"one batch of {batch} rows is more than the {rows} rows of the stream", "fewer rows a batch, or more data.train.tokens")
                 continue
@@ -308,6 +320,12 @@ class _Planner:
             made.append(self._train_stage(registered, config, job, entry))
         self.stages += made
         return made
+
+    def _each_site(self) -> Iterator[tuple[Any, str]]:
+        """Each entry with its site: one SAE for every extracted site where it names none, with ids `id@site`."""
+        for entry in self.recipe.train:
+            for site in [self._canonical(entry.site)] if entry.site else list(self.widths):
+                yield entry, site
 
     def _canonical(self, name: str | None) -> str | None:
         if name is None or self.files is not None:
@@ -354,7 +372,7 @@ class _Planner:
     def _chosen(self, entry: Any, subjects: list[Stage]) -> list[Stage]:
         if entry.saes is None:
             return subjects
-        return [stage for stage in subjects if stage.id.partition("/")[2] in entry.saes]
+        return [stage for stage in subjects if {(name := stage.id.partition("/")[2]), name.partition("@")[0]} & set(entry.saes)]
 
     def _evaluate(self, subjects: list[Stage]) -> None:
         text = {stage.spec["name"]: stage.key for stage in self.stages if stage.kind == "tokens" and stage.spec["name"] != "train"}

@@ -47,7 +47,7 @@ def main() -> None:
 
     train.drop_states = keep_then_drop
     if MOMENT == "inside a block":
-        native.TopKSession.step = after(AT, native.TopKSession.step)
+        native.NativeSession.step = after(AT, native.NativeSession.step)
     elif MOMENT == "while extracting":
         session = extract.HFSession
         session.rows = after(AT, session.rows, early=True)

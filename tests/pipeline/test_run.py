@@ -25,8 +25,8 @@ data:
   train: {{source: {text}, tokens: 6_000, context: 32}}
 extract: {{sites: [resid_post.0, mlp_out.1], lm_batch: 8, block: 1_024, calibration: 512, store: none}}
 train:
-  - {{id: a, uses: native/topk, site: resid_post.0, with: {{k: 4, width: 64, batch: 128, calibration: 512}}}}
-  - {{id: b, uses: native/topk, site: mlp_out.1, with: {{k: 2, width: 48, batch: 200, calibration: 512}}}}
+  - {{id: a, uses: native/topk, site: resid_post.0, with: {{k: 4, width: 64, batch: 128}}}}
+  - {{id: b, uses: native/topk, site: mlp_out.1, with: {{k: 2, width: 48, batch: 200}}}}
 """
 
 
