@@ -250,7 +250,7 @@ class ModelHandle:
         try:
             hf = getattr(transformers, kind).from_pretrained(where, **settings)
         except Exception as error:
-            offline = isinstance(where, str) and not any(local_files(where, spec.revision).glob("*.safetensors"))
+            offline = isinstance(where, str) and not any(file for kind in ("safetensors", "bin") for file in local_files(where, spec.revision).glob(f"*.{kind}"))
             if offline and isinstance(error, OSError):
                 raise _not_here(spec.name, spec.revision, str(error)) from error
             raise StageFailed(f"model {spec.name!r} cannot be loaded", where=str(where), said=f"{type(error).__name__}: {error}",

@@ -94,8 +94,10 @@ class Packer:
     Documents are mixed in a window of about `window` characters, seeded, so that files sorted by name do not train in that order.
     """
 
-    def __init__(self, entry: SourceEntry, tokenizer: PreTrainedTokenizerBase, policy: TokenPolicy, seed: int, window: int):
+    def __init__(self, entry: SourceEntry, tokenizer: PreTrainedTokenizerBase, policy: TokenPolicy, seed: int, window: int, tick: Callable[[], None] = lambda: None):
         self.entry, self.tokenizer, self.policy, self.seed, self.window = entry, tokenizer, policy, seed, window
+        self.tick = tick
+        """Called now and then while documents are read, so that reading can be watched and stopped."""
         self.passes = self.documents = self.tokens = self.sequences = 0
         self.length = policy.context - (policy.bos == "sequence")
         self.reserved: set[int] = set()
@@ -166,6 +168,8 @@ class Packer:
                 continue
             held.append(item)
             size += _size(item[1])
+            if len(held) % _DOCUMENTS_A_CALL == 0:
+                self.tick()
             while size > self.window and len(held) > 1:
                 item = _take(held, draw)
                 size -= _size(item[1])

@@ -25,6 +25,7 @@ from saehub.data.order import permutation
 from saehub.data.packing import Packer, TokenPolicy, bos_id, check_policy, eos_id, excluded_ids, pick
 from saehub.errors import FormatError, StageFailed, UsageError
 from saehub.jsonio import hash_json, read_json, sha256_file, write_json_atomic
+from saehub.seeds import derive
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,7 +66,8 @@ def build(
     total = sum(weight for _, weight in sources)
     weights = [weight / total for _, weight in sources]
     window = min(max((rows + calibration) * 32, 1 << 20), 32 << 20)  # characters; a small set of rows needs no large window
-    packers = [Packer(entry, tokenizer, policy, derive_seed(seed, s, entry), window) for s, (entry, _) in enumerate(sources)]
+    state = {"progress": 0.0, "text": "reading text"}
+    packers = [Packer(entry, tokenizer, policy, _seed(seed, s, entry), window, lambda: emit(dict(state))) for s, (entry, _) in enumerate(sources)]
     writer = _Writer(out_dir, policy.context)
 
     def draw(wanted: int, what: str) -> tuple[int, int]:
@@ -89,7 +91,8 @@ def build(
             got += kept
             sequences += 1
             if sequences % 512 == 0:
-                emit({"progress": min(1.0, got / wanted), "text": f"{what} tokens: {got:,} of {wanted:,} rows"})
+                state.update(progress=min(1.0, got / wanted), text=f"{what} tokens: {got:,} of {wanted:,} rows")
+                emit(dict(state))
         return got, sequences
 
     counts = [0] * len(sources)
@@ -121,10 +124,8 @@ def build(
     return TokenDataset.open(out_dir)
 
 
-def derive_seed(seed: int, index: int, entry: SourceEntry) -> int:
+def _seed(seed: int, index: int, entry: SourceEntry) -> int:
     """The seed of one source's document order."""
-    from saehub.seeds import derive
-
     return derive("source", seed, index, entry.source)
 
 

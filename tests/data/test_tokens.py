@@ -255,3 +255,23 @@ def test_a_mixture_needs_positive_weights_and_a_tokenizer_that_loads(model_dir, 
     (broken / "tokenizer.json").write_text("{")
     with pytest.raises(SaehubError, match="tokenizer of"):
         make(broken, tmp_path / "t", [(entry(source), 1.0)])
+
+
+@pytest.mark.quick
+def test_a_full_disk_and_a_wish_to_stop(model_dir, corpus, tmp_path, monkeypatch):
+    source = [(entry(corpus("a.jsonl", 0, 200, 20)), 1.0)]
+
+    def stop(event):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):  # while text is read, before the first sequence
+        make(model_dir, tmp_path / "t", source, emit=stop)
+    assert not (tmp_path / "t" / "manifest.json").exists()
+
+    def full(arrays, path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("safetensors.numpy.save_file", full)
+    with pytest.raises(StageFailed, match="disk is full"):
+        make(model_dir, tmp_path / "t", source)
+    assert not (tmp_path / "t" / "manifest.json").exists()
