@@ -51,7 +51,10 @@ def convert(source: str, destination: Path, to: str, from_: str | None, model: s
 @click.argument("path")
 @json_option()
 def inspect(path: str, as_json: bool) -> None:
-    """Say what a checkpoint is: architecture, shapes, site, provenance, and what is missing."""
+    """Say what a checkpoint is: architecture, shapes, site, provenance.
+
+    PATH is a folder in any known format, or hf://ORG/REPO/FOLDER. What the checkpoint does not say is listed as missing.
+    """
     from saehub.checkpoint.inspect import inspect as look
 
     data = look(path)
@@ -75,7 +78,10 @@ def inspect(path: str, as_json: bool) -> None:
 @MODEL
 @json_option()
 def verify(path: str, model: str | None, as_json: bool) -> int:
-    """Prove that a checkpoint still is what it says: tensor hashes and the golden probe; with --model also its site."""
+    """Prove that a checkpoint still is what it says.
+
+    Checks the tensors' hashes and the golden probe. Only with --model can it also prove the site.
+    """
     from saehub.checkpoint.verify import verify as prove
     from saehub.cli.failure import FAILED, OK
 

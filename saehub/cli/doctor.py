@@ -35,7 +35,10 @@ class Finding:
 @click.command(context_settings=SETTINGS)
 @json_option()
 def doctor(as_json: bool) -> int:
-    """Check this machine (python, torch, devices, disk, caches, plugins), and say what to do next."""
+    """Check this machine, and say what to do next.
+
+    Looks at Python, torch, devices, disk, the Hugging Face cache and the plugins.
+    """
     from saehub.cli.failure import FAILED, OK
 
     findings = [finding for look in LOOKS for finding in _guarded(look)]

@@ -116,7 +116,10 @@ def check(name: str, overrides: tuple[str, ...], as_json: bool) -> int:
 @STRICT
 @json_option()
 def plan(name: str, overrides: tuple[str, ...], out: Path | None, strict_cache: bool, as_json: bool) -> int:
-    """Show every stage of a run, its key, what is cached, and what it will cost; nothing heavy is loaded."""
+    """Show every stage of a run, what is cached, and what it will cost.
+
+    Nothing heavy is loaded and nothing is written.
+    """
     from saehub.cli.failure import MISSING, OK
 
     made, missing = _plan(name, overrides, out, strict_cache)
@@ -143,7 +146,10 @@ def plan(name: str, overrides: tuple[str, ...], out: Path | None, strict_cache: 
 @json_option("Print every event as one JSON line on stdout; the last line is the summary.")
 @click.pass_context
 def run(ctx: click.Context, name: str, overrides: tuple[str, ...], out: Path | None, strict_cache: bool, dry_run: bool, as_json: bool) -> int:
-    """Run a recipe; what is finished is skipped, and an interrupted run goes on where it was."""
+    """Run a recipe.
+
+    What is finished is skipped, and the same command after an interruption goes on where it was.
+    """
     from saehub.cli.failure import MISSING
     from saehub.cli.running import run_plan
 

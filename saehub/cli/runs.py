@@ -87,7 +87,11 @@ def show(run: str, as_json: bool) -> None:
 @click.argument("second", metavar="RUN")
 @json_option()
 def compare(first: str, second: str, as_json: bool) -> None:
-    """Compare two runs: differences with standard errors; ranked only where the data can tell them apart."""
+    """Compare two runs: differences with standard errors.
+
+    They are ranked only where the data can tell them apart: not while their 95 % intervals overlap. Numbers on the same text
+    are compared sequence by sequence.
+    """
     from saehub.errors import UsageError
     from saehub.report import compare as comparison
 
@@ -116,7 +120,9 @@ def compare(first: str, second: str, as_json: bool) -> None:
 @click.option("--out", "folder", type=click.Path(path_type=Path, file_okay=False), metavar="DIR", help="Run folder of the replay (default: RUN-replay beside the run).")
 @json_option("Print every event as one JSON line on stdout; the last line is the comparison.")
 def replay(run: str, folder: Path | None, as_json: bool) -> int:
-    """Run a finished run again, with nothing from the cache, and compare: hashes of text and tensors, and every number.
+    """Run a finished run again, with nothing from the cache, and compare.
+
+    Compared are the hashes of text and tensors, and every number.
 
     Exit code 0: all is bit-identical, or every number agrees within its error. 1: something differs.
     """
