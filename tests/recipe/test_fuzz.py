@@ -80,9 +80,9 @@ def test_mutated_text(catalog, source):
     short = "\n".join(line.partition("  #")[0] for line in text.splitlines() if not line.startswith("#"))
     for _ in range(200):
         broken = mutate(short, rng)
-        started = time.monotonic()
+        started = time.process_time()
         judge(*check_text(broken, str(source), catalog=catalog))
-        assert time.monotonic() - started < 5, broken
+        assert time.process_time() - started < 5, broken
 
 
 @pytest.mark.quick

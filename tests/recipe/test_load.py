@@ -153,9 +153,9 @@ def test_a_conflict_names_every_place_and_the_way_out():
 def test_billion_laughs_is_refused_quickly():
     lines = ["a: &a [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"{chr(98 + i)}: &{chr(98 + i)} [" + ", ".join([f"*{chr(97 + i)}"] * 10) + "]" for i in range(9)]
-    started = time.monotonic()
+    started = time.process_time()
     document = load_text("\n".join(lines), "laughs.yaml")
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
     assert document.root is None and "once aliases (*) are expanded" in document.problems[0].message
 
 
@@ -165,12 +165,12 @@ def test_aliases_nested_too_deep_are_refused():
 
 
 def test_very_deep_brackets_and_huge_texts_are_refused_quickly():
-    started = time.monotonic()
+    started = time.process_time()
     assert load_text("[" * 100_000, "x").problems
     assert load_text("{a: " * 60_000, "x").problems
     assert load_text("- " * 100_000, "x").problems
     assert load_text("x" * (MAX_BYTES + 1), "x").problems
-    assert time.monotonic() - started < 10
+    assert time.process_time() - started < 10
 
 
 def test_byte_order_mark_and_line_ends():
