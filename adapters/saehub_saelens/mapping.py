@@ -140,11 +140,11 @@ def _from_side_channel(foreign: Foreign, plain: SAE) -> SAE | None:
         return None
     try:
         config = SAEConfig.from_json(beside["config"])
-        tensors = {**plain.tensors(), **_extra_tensors(beside.get("tensors"), plain)}
+        tensors = {**plain.tensors(), **_extra_tensors(beside.get("tensors"))}
         tensors = {name: tensors[name] for name in _specs(config)}
         restored = SAE.build(config, tensors, beside.get("provenance") if isinstance(beside.get("provenance"), dict) else {})
         again = to_saelens(restored)
-    except (FormatError, Unsayable, KeyError, TypeError, ValueError):
+    except (FormatError, Unsayable, KeyError, TypeError, ValueError, RuntimeError, OverflowError):
         return None
     if not _same(again, foreign):
         return None
@@ -161,13 +161,11 @@ def _specs(config: SAEConfig) -> list[str]:
     return list(architecture(config.architecture).specs(config))
 
 
-def _extra_tensors(data: Any, plain: SAE) -> dict[str, Tensor]:
+def _extra_tensors(data: Any) -> dict[str, Tensor]:
     import torch
 
-    found = {}
-    for name, entry in (data or {}).items():
-        found[name] = torch.tensor(entry["values"], dtype=getattr(torch, entry["dtype"])).reshape(entry["shape"])
-    return found
+    dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64)}
+    return {name: torch.tensor(entry["values"], dtype=dtypes[entry["dtype"]]).reshape(entry["shape"]) for name, entry in dict(data or {}).items()}
 
 
 def _same(again: Foreign, foreign: Foreign) -> bool:
@@ -219,7 +217,9 @@ def to_saelens(sae: SAE) -> Foreign:
         foreign.config |= {"k": int(c.params["k"]), "rescale_acts_by_decoder_norm": c.decoder_norm_scaling}
     if architecture == "matching_pursuit":
         foreign.config |= dict(c.params)
-    beside = {"config": c.to_json(), "provenance": sae.provenance, "tensors": _beside(sae, foreign)}
+    # what was folded into the tensors cannot be taken out of them again: the side channel describes the SAE that stands there
+    standing = c if architecture in ("topk", "abstopk") else c.replace(decoder_norm_scaling=False)
+    beside = {"config": standing.to_json(), "provenance": sae.provenance, "tensors": _beside(sae, foreign)}
     foreign.config["metadata"] = {"sae_lens_version": VERSION, "sae_lens_training_version": None, **hooks, SIDE_CHANNEL: beside}
     foreign.side_channel = [*beside["tensors"], *(["params"] if c.architecture in THRESHOLDED else []), "provenance"]
     return foreign
