@@ -18,9 +18,13 @@ READER_GONE = 141
 """128 + SIGPIPE: what a shell expects of a program whose reader went away (`saehub … | head`)."""
 
 
+class ReaderGone(Exception):
+    """Nobody reads our output any more. (Not an OSError: click would turn that into an exit code of its own.)"""
+
+
 def tell(error: BaseException, state: State) -> int:
     """Print `error` for a person (and as JSON where `--json` was given) and return the exit code."""
-    if _reader_gone(error):
+    if isinstance(error, (ReaderGone, BrokenPipeError)):
         return READER_GONE
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else (OK if error.code is None else STAGE)
@@ -96,7 +100,7 @@ def show(error: SaehubError) -> None:
         if text:
             say(style(f"{label:>5}", bold=label == "fix", dim=label != "fix") + ": " + _hang(clean(text), 7))
     if error.said:
-        say(" said: " + "\n     | ".join(["", *clean(error.said).splitlines()]).lstrip("\n "))
+        say(style(" said", dim=True) + ": " + "\n       ".join(f"| {line}" for line in clean(error.said).splitlines()))
 
 
 def show_problem(problem: object, err: bool = True) -> None:
@@ -129,8 +133,3 @@ def problem_to_json(problem: object) -> dict:
 def _hang(text: str, indent: int) -> str:
     return text.replace("\n", "\n" + " " * indent)
 
-
-def _reader_gone(error: BaseException) -> bool:
-    """A broken pipe, also where click has already turned it into its own exit."""
-    causes = (error, error.__context__) if isinstance(error, SystemExit) else (error,)
-    return any(isinstance(cause, OSError) and cause.errno == errno.EPIPE for cause in causes)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import click
 
@@ -25,8 +27,28 @@ COMMANDS = {
 }
 
 
+class Program(LazyGroup):
+    """The root command, which gives a closed pipe a name of its own."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        with _named():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with _named():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _named() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError as error:
+        raise failure.ReaderGone from error
+
+
 @click.command(
-    cls=LazyGroup,
+    cls=Program,
     table=COMMANDS,
     epilog="""\b
     Exit codes:
