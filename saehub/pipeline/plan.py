@@ -424,8 +424,8 @@ class _Planner:
             for stage in self._chosen(entry, subjects):
                 sae_id = stage.id.partition("/")[2]
                 key = keys.stage_key("export", component=keys.component_identity(registered, config), subject=stage.key)
-                spec = {"config": config, "subject": stage.id, "format": registered.name}
-                made = Stage(f"export/{registered.name}/{sae_id}", "export", key, Path(), registered.address, (stage.id,), spec=spec)
+                spec = {"config": config, "subject": stage.id}
+                made = Stage(f"export/{entry.id or registered.name}/{sae_id}", "export", key, Path(), registered.address, (stage.id,), spec=spec)
                 self.stages.append(self._locate(made, registered))
 
     # Cache state and totals

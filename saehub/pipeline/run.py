@@ -44,15 +44,12 @@ class RunResult:
 
 def run_recipe(recipe: str | Path, *, set: Mapping[str, Any] | Iterable[str] = (), out: str | Path | None = None, listeners: Iterable[Listener] = ()) -> RunResult:  # noqa: A002
     """Run a recipe by name or path: `saehub.run("topk-llama", set={"train.native-k32.with.k": 64})`."""
-    import json
-
     from saehub.pipeline.plan import make_plan
     from saehub.plugins import catalog
-    from saehub.recipe.check import resolve
+    from saehub.recipe import resolve
 
-    overrides = [f"{path}={json.dumps(value)}" for path, value in set.items()] if isinstance(set, Mapping) else list(set)
     found = catalog()
-    resolved = resolve(str(recipe), overrides, found)
+    resolved = resolve(recipe, set if isinstance(set, Mapping) else list(set), found)
     return run(make_plan(resolved, found, out=Path(out) if out else None), listeners)
 
 

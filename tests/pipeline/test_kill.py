@@ -15,14 +15,14 @@ model: {name: builtin/tiny-llama, device: cpu}
 data: {train: {source: builtin/python-code, tokens: 20_000, context: 64}}
 extract: {sites: [resid_post.0, mlp_out.1], store: none, block: 6_000, lm_batch: 8, calibration: 1_000}
 train:
-  - {id: a, uses: native/topk, site: resid_post.0, with: {k: 8, d_sae: 256, batch: 512}}
-  - {id: b, uses: native/topk, site: mlp_out.1, with: {k: 4, d_sae: 200, batch: 300}}
+  - {id: a, uses: native/topk, site: resid_post.0, with: {k: 8, width: 256, batch: 512}}
+  - {id: b, uses: native/topk, site: mlp_out.1, with: {k: 4, width: 200, batch: 300}}
 """
 # (moment, at which call, inside a block?)
 MOMENTS = [
     ("inside a block", 3),
     ("inside a block", 40),
-    ("while extracting", 31),
+    ("while extracting", 15),
     ("while state is being written", 2),
     ("between state and rename", 2),
     ("while publishing", 1),
