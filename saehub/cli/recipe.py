@@ -53,7 +53,7 @@ def _entry(item: object) -> dict:
 @json_option("Print the recipe with `extends`, `--set`, sweeps and defaults filled in, as JSON.")
 def show(name: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """Print a recipe: the file as it is written, or with --json as it is understood."""
-    from saehub.recipe import library
+    from saehub.recipe import library, to_plain
 
     path = library.find(name)
     if not as_json:
@@ -63,7 +63,7 @@ def show(name: str, overrides: tuple[str, ...], as_json: bool) -> None:
     found, problems = _checked(name, overrides)
     if found is None:
         raise RecipeError(_count(problems, name), problems)
-    out_json({"path": str(path), "recipe": found})
+    out_json({"path": str(path), "recipe": to_plain(found)})
 
 
 @recipe.command("cp")
@@ -175,6 +175,7 @@ def _plan(name: str, overrides: tuple[str, ...], out: Path | None, strict_cache:
     from saehub.cli.failure import show_problem
     from saehub.pipeline.plan import make_plan
     from saehub.plugins import catalog
+    from saehub.recipe import locator
 
     found, problems = _checked(name, overrides)
     if found is None or any(severity(problem) == "error" for problem in problems):
@@ -182,7 +183,7 @@ def _plan(name: str, overrides: tuple[str, ...], out: Path | None, strict_cache:
     for problem in problems:
         if severity(problem) == "warning":
             show_problem(problem)
-    made = make_plan(found, catalog(), out=out, strict_cache=strict_cache)
+    made = make_plan(found, catalog(), out=out, strict_cache=strict_cache, locate=locator(name, overrides, catalog()))
     return made, _missing(made)
 
 

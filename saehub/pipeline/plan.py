@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,11 +101,23 @@ class PlanProblem:
         return f"{self.path}: {self.message}" + (f"\n    fix: {self.fix}" if self.fix else "")
 
 
-def make_plan(recipe: Recipe, catalog: Catalog, *, base: Path | None = None, out: Path | None = None, strict_cache: bool = False) -> Plan:
-    """Plan `recipe`; raises RecipeError with every problem found. `strict_cache`: results made on another device or torch are misses."""
+def make_plan(
+    recipe: Recipe,
+    catalog: Catalog,
+    *,
+    base: Path | None = None,
+    out: Path | None = None,
+    strict_cache: bool = False,
+    locate: Callable[[str, str, str | None], Any] = PlanProblem,
+) -> Plan:
+    """Plan `recipe`; raises RecipeError with every problem found.
+
+    `strict_cache`: results made with other library versions are misses. `locate` (`saehub.recipe.locator`) gives problems their place in
+    the file.
+    """
     from saehub.recipe import expand_sweeps
 
-    return _Planner(expand_sweeps(recipe), catalog, Path(base).absolute() if base else home(), out, strict_cache).plan()
+    return _Planner(expand_sweeps(recipe), catalog, Path(base).absolute() if base else home(), out, strict_cache, locate).plan()
 
 
 def _policy(train: Any) -> dict[str, Any]:
@@ -118,11 +130,12 @@ def _policy(train: Any) -> dict[str, Any]:
 
 
 class _Planner:
-    def __init__(self, recipe: Recipe, catalog: Catalog, base: Path, out: Path | None, strict_cache: bool):
+    def __init__(self, recipe: Recipe, catalog: Catalog, base: Path, out: Path | None, strict_cache: bool, locate: Any):
+        self.locate = locate
         self.recipe, self.catalog, self.base, self.out = recipe, catalog, base, out
         self.store = Store(base)
         self.strict_cache = strict_cache
-        self.problems: list[PlanProblem] = []
+        self.problems: list[Any] = []
         self.warnings: list[str] = []
         self.stages: list[Stage] = []
 
@@ -157,7 +170,7 @@ class _Planner:
     # What the recipe is about
 
     def _problem(self, path: str, message: str, fix: str | None = None) -> None:
-        self.problems.append(PlanProblem(path, message, fix))
+        self.problems.append(self.locate(path, message, fix))
 
     def _caught(self, path: str, error: SaehubError) -> None:
         self._problem(path, " — ".join(part for part in (error.what, error.why) if part), error.fix)
@@ -208,9 +221,9 @@ class _Planner:
                     site = Site.parse(name)
                     widths[str(site)] = site.width(self.shape) or site_width(self.recipe.model.spec(), site, self.shape)
             except SaehubError as error:
-                self._caught(f"extract.sites[{index}]", error)
+                self._caught(f"extract.sites.{index}", error)
             except KeyError:
-                self._problem(f"extract.sites[{index}]", f"the files hold no site {name!r}", f"there are: {', '.join(self.files['widths'])}")
+                self._problem(f"extract.sites.{index}", f"the files hold no site {name!r}", f"there are: {', '.join(self.files['widths'])}")
         return widths
 
     # Tokens
@@ -354,11 +367,11 @@ class _Planner:
 
     def _loads(self) -> list[Stage]:
         made = []
-        for index, entry in enumerate(self.recipe.saes):
+        for entry in self.recipe.saes:
             identity: Any = entry.load
             if not str(entry.load).startswith("hf://"):
                 if not Path(entry.load).exists():
-                    self._problem(f"saes[{index}].load", f"{entry.load} does not exist", "a checkpoint folder, or hf://org/repo/folder")
+                    self._problem(f"saes.{entry.id}.load", f"{entry.load} does not exist", "a checkpoint folder, or hf://org/repo/folder")
                     continue
                 identity = keys.tree_hash(Path(entry.load))
             key = keys.stage_key("load", source=identity, site=entry.site)
@@ -377,23 +390,23 @@ class _Planner:
     def _evaluate(self, subjects: list[Stage]) -> None:
         text = {stage.spec["name"]: stage.key for stage in self.stages if stage.kind == "tokens" and stage.spec["name"] != "train"}
         for index, entry in enumerate(self.recipe.evaluate):
-            registered, config = self._component("evaluator", entry.uses, entry.with_, f"evaluate[{index}]")
+            registered, config = self._component("evaluator", entry.uses, entry.with_, f"evaluate.{entry.id or entry.uses}")
             if registered is None:
                 continue
             needs = set(registered.component.needs)
             if needs & {"model", "tokens", "sequences"} and not self.needs_text:
                 self._problem(
-                    f"evaluate[{index}]",
+                    f"evaluate.{entry.id or entry.uses}",
                     f"{registered.address} needs {', '.join(sorted(needs))}, which {self.stream['extractor']} does not give",
                     "extract: {uses: native/hf, …}, or evaluators that need activations only",
                 )
                 continue
             if needs & {"tokens", "sequences"} and not text:
-                self._problem(f"evaluate[{index}]", f"{registered.address} needs a dataset", "data.eval: {in_sample: {source: …}}")
+                self._problem(f"evaluate.{entry.id or entry.uses}", f"{registered.address} needs a dataset", "data.eval: {in_sample: {source: …}}")
                 continue
             chosen = self._chosen(entry, subjects)
             if "several_saes" in needs and len(chosen) < 2:
-                self._problem(f"evaluate[{index}]", f"{registered.address} compares SAEs and got {len(chosen)}", "train or load another one")
+                self._problem(f"evaluate.{entry.id or entry.uses}", f"{registered.address} compares SAEs and got {len(chosen)}", "train or load another one")
                 continue
             name = entry.id or registered.address
             groups = [chosen] if "several_saes" in needs else [[stage] for stage in chosen]
@@ -417,8 +430,8 @@ class _Planner:
                 self.stages.append(self._locate(stage, registered))
 
     def _export(self, subjects: list[Stage]) -> None:
-        for index, entry in enumerate(self.recipe.export):
-            registered, config = self._component("exporter", entry.uses, entry.with_, f"export[{index}]")
+        for entry in self.recipe.export:
+            registered, config = self._component("exporter", entry.uses, entry.with_, f"export.{entry.id or entry.uses}")
             if registered is None:
                 continue
             for stage in self._chosen(entry, subjects):

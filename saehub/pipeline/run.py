@@ -46,11 +46,11 @@ def run_recipe(recipe: str | Path, *, set: Mapping[str, Any] | Iterable[str] = (
     """Run a recipe by name or path: `saehub.run("topk-llama", set={"train.native-k32.with.k": 64})`."""
     from saehub.pipeline.plan import make_plan
     from saehub.plugins import catalog
-    from saehub.recipe import resolve
+    from saehub.recipe import locator, resolve
 
-    found = catalog()
-    resolved = resolve(recipe, set if isinstance(set, Mapping) else list(set), found)
-    return run(make_plan(resolved, found, out=Path(out) if out else None), listeners)
+    found, overrides = catalog(), set if isinstance(set, Mapping) else list(set)
+    resolved = resolve(recipe, overrides, found)
+    return run(make_plan(resolved, found, out=Path(out) if out else None, locate=locator(recipe, overrides, found)), listeners)
 
 
 def run(plan: Plan, listeners: Iterable[Listener] = (), *, recipe_text: str | None = None) -> RunResult:

@@ -1,6 +1,6 @@
 """Recipes: YAML in, a checked `Recipe` or every problem with its place out. Imports no torch, and pydantic only when it checks."""
 
-from saehub.recipe.check import check, check_text, resolve
+from saehub.recipe.check import check, check_text, locator, resolve
 from saehub.recipe.components import make_config
 from saehub.recipe.expand import expand_sweeps
 from saehub.recipe.library import builtin_dir, find, listing
@@ -50,6 +50,7 @@ __all__ = [
     "json_schema",
     "listing",
     "load_text",
+    "locator",
     "make_config",
     "resolve",
     "to_plain",

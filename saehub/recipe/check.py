@@ -13,13 +13,13 @@ from saehub.recipe.assemble import assemble, display, overrides_as_text
 from saehub.recipe.components import make_config
 from saehub.recipe.rules import Rules
 from saehub.recipe.schema import FORMAT_VERSION, Recipe
-from saehub.recipe.tree import Node, Problem, show
+from saehub.recipe.tree import Node, Problem, set_paths, show, walk
 from saehub.recipe.typed import fill
 
 if TYPE_CHECKING:
     from saehub.plugins import Catalog
 
-__all__ = ["check", "check_text", "make_config", "resolve"]
+__all__ = ["check", "check_text", "locator", "make_config", "resolve"]
 
 Overrides = Sequence[str] | Mapping[str, Any]
 
@@ -66,6 +66,27 @@ def resolve(
         if on_problem is not None:
             on_problem(problem)
     return recipe
+
+
+def locator(path_or_name: str | os.PathLike[str], overrides: Overrides = (), catalog: Catalog | None = None) -> Callable[[str, str, str | None], Problem]:
+    """A function (dotted path, message, hint) -> Problem at the place in the recipe that the path names, or at the nearest one above it.
+
+    For problems that show only when a recipe is planned."""
+    path = library.find(path_or_name, catalog)
+    root, _, _ = assemble(path, display(path), overrides_as_text(overrides), catalog, None)
+    nodes: dict[str, Node] = {}
+    if root is not None:
+        set_paths(root)
+        nodes = {node.path: node for node in walk(root)}
+
+    def at(dotted: str, message: str, hint: str | None = None) -> Problem:
+        prefix = dotted
+        while prefix and prefix not in nodes:
+            prefix = prefix.rpartition(".")[0]
+        node = nodes.get(prefix)
+        return Problem(display(path), 0, 0, dotted, message, hint) if node is None else Problem.at(node.mark, dotted, message, hint)
+
+    return at
 
 
 def _check(path: Path, name: str, overrides: Overrides, catalog: Catalog | None, text: str | None) -> tuple[Recipe | None, list[Problem]]:
