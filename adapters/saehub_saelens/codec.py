@@ -46,7 +46,10 @@ class SAELensFormat:
         for name, tensor in tensors.items():
             bad = tensor.isnan() if name == "threshold" else ~tensor.isfinite()
             if tensor.is_floating_point() and bool(bad.any()):
-                raise FormatError(f"{path / WEIGHTS}: {name} holds {int(bad.sum())} values that are NaN or infinite", fix="restore the folder from where it came")
+                raise FormatError(
+                    f"{path / WEIGHTS}: {name} holds {int(bad.sum())} values that are NaN or infinite",
+                    fix="restore the folder from where it came",
+                )
         try:
             return from_saelens(Foreign(config, tensors))
         except FormatError as error:

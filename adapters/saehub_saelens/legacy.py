@@ -41,7 +41,10 @@ def upgrade(config: dict[str, Any]) -> dict[str, Any]:
         architecture = "topk"
         flat["k"] = arguments["k"]
     elif activation != "relu" and architecture == "standard":
-        raise FormatError(f"cfg.json: activation {activation!r} cannot be read", why="SAELens before version 6 allowed it; today's ignores the word and uses ReLU")
+        raise FormatError(
+            f"cfg.json: activation {activation!r} cannot be read",
+            why="SAELens before version 6 allowed it; today's ignores the word and uses ReLU",
+        )
     norm = flat.get("normalize_activations")
     flat["normalize_activations"] = {None: "none", False: "none", True: "expected_average_only_in"}.get(norm, norm)
     flat.setdefault("apply_b_dec_to_input", True)
@@ -57,7 +60,9 @@ def drop_unit_scaling(tensors: dict[str, Tensor]) -> str | None:
     if factor is None:
         return None
     if not bool((factor == 1).all()):
-        raise FormatError("the checkpoint has a finetuning scaling_factor", why="SAELens 6 no longer applies it, so what it computes is not defined")
+        raise FormatError(
+            "the checkpoint has a finetuning scaling_factor", why="SAELens 6 no longer applies it, so what it computes is not defined"
+        )
     del tensors["scaling_factor"]
     return str(factor.dtype).removeprefix("torch.")
 

@@ -91,11 +91,16 @@ def _read_plainly(foreign: Foreign) -> SAE:
             fix="save_inference_model in SAELens, and give that folder",
         )
     if word not in READABLE:
-        raise FormatError(f"SAELens architecture {word!r} cannot be read{did_you_mean(str(word), READABLE)}", why=f"readable: {', '.join(READABLE)}")
+        raise FormatError(
+            f"SAELens architecture {word!r} cannot be read{did_you_mean(str(word), READABLE)}", why=f"readable: {', '.join(READABLE)}"
+        )
     architecture, kind = READABLE[word]
     norm = config.get("normalize_activations") or "none"
     if norm not in NORMS:
-        raise FormatError(f"normalize_activations {norm!r} cannot be read", why="its whitening was not folded into the weights, and the matrix is not in the folder")
+        raise FormatError(
+            f"normalize_activations {norm!r} cannot be read",
+            why="its whitening was not folded into the weights, and the matrix is not in the folder",
+        )
     norm = NORMS[norm]
     mapped = SAEConfig(
         architecture,
@@ -164,8 +169,13 @@ def _specs(config: SAEConfig) -> list[str]:
 def _extra_tensors(data: Any) -> dict[str, Tensor]:
     import torch
 
-    dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64)}
-    return {name: torch.tensor(entry["values"], dtype=dtypes[entry["dtype"]]).reshape(entry["shape"]) for name, entry in dict(data or {}).items()}
+    dtypes = {
+        str(dtype).removeprefix("torch."): dtype for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64)
+    }
+    return {
+        name: torch.tensor(entry["values"], dtype=dtypes[entry["dtype"]]).reshape(entry["shape"])
+        for name, entry in dict(data or {}).items()
+    }
 
 
 def _same(again: Foreign, foreign: Foreign) -> bool:
@@ -179,7 +189,10 @@ def _same(again: Foreign, foreign: Foreign) -> bool:
     theirs = {key: value for key, value in computed(legacy.upgrade(foreign.config)).items() if key in mine}
     if mine != theirs or again.tensors.keys() != foreign.tensors.keys():
         return False
-    return all(a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b) for a, b in ((again.tensors[n], foreign.tensors[n]) for n in again.tensors))
+    return all(
+        a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
+        for a, b in ((again.tensors[n], foreign.tensors[n]) for n in again.tensors)
+    )
 
 
 # ---------------------------------------------------------------------- writing
@@ -276,7 +289,11 @@ def _beside(sae: SAE, foreign: Foreign) -> dict[str, Any]:
     stored = sae.tensors()
     small = [name for name in ("threshold", "group_sizes") if sae.config.architecture in THRESHOLDED and name in stored]
     return {
-        name: {"dtype": str(stored[name].dtype).removeprefix("torch."), "shape": list(stored[name].shape), "values": stored[name].flatten().tolist()}
+        name: {
+            "dtype": str(stored[name].dtype).removeprefix("torch."),
+            "shape": list(stored[name].shape),
+            "values": stored[name].flatten().tolist(),
+        }
         for name in small
     }
 

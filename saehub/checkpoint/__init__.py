@@ -20,7 +20,22 @@ _LAZY = {
     "convert": "convert",
     "Certificate": "certificate",
 }
-__all__ = list(_LAZY)
+__all__ = [
+    "SAE",
+    "SAEConfig",
+    "TensorSpec",
+    "architecture",
+    "save",
+    "read_header",
+    "load",
+    "find_format",
+    "inspect",
+    "make_probe",
+    "Probe",
+    "verify",
+    "convert",
+    "Certificate",
+]
 
 if TYPE_CHECKING:
     from saehub.checkpoint.certificate import Certificate

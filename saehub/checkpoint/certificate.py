@@ -65,7 +65,9 @@ class Certificate:
     """What only the target's side channel carries."""
     original: str | None = None
     """Folder with the source's own tensors (`--keep-original`)."""
-    criteria: dict[str, float] = field(default_factory=lambda: {"roundoffs": ROUNDOFFS, "frobenius": FROBENIUS, "per_row": PER_ROW, "active_share": ACTIVE_SHARE})
+    criteria: dict[str, float] = field(
+        default_factory=lambda: {"roundoffs": ROUNDOFFS, "frobenius": FROBENIUS, "per_row": PER_ROW, "active_share": ACTIVE_SHARE}
+    )
 
     @property
     def passed(self) -> bool:
@@ -89,7 +91,12 @@ class Certificate:
     def read(cls, file: Path) -> Certificate:
         """A stored certificate; FormatError if it is none."""
         data = read_json(file)
-        if not isinstance(data, dict) or data.get("schema") != 1 or not isinstance(data.get("outcome"), str) or not isinstance(data.get("target"), dict):
+        if (
+            not isinstance(data, dict)
+            or data.get("schema") != 1
+            or not isinstance(data.get("outcome"), str)
+            or not isinstance(data.get("target"), dict)
+        ):
             raise FormatError(f"{file} is not a conversion certificate", fix="convert again")
         known = {item.name for item in fields(cls)}
         return cls(**{key: value for key, value in data.items() if key in known})
@@ -99,10 +106,25 @@ class Certificate:
         if self.reason:
             lines.append(f"  {self.reason}")
         if self.rows:
-            lines.append(f"  {self.rows} rows ({self.inputs}), mean L0 {self.mean_l0:.1f}, {self.latents_exercised:.1%} of latents exercised, {self.active_share:.1%} of rows active")
+            lines.append(
+                f"  {self.rows} rows ({self.inputs}), mean L0 {self.mean_l0:.1f}, {self.latents_exercised:.1%} of latents exercised, {self.active_share:.1%} of rows active"
+            )
             s = self.support
-            lines.append(f"  supports: {s['different']} differences, {s['explained']} explained by rounding, {s['unexplained']} unexplained")
+            lines.append(
+                f"  supports: {s['different']} differences, {s['explained']} explained by rounding, {s['unexplained']} unexplained"
+            )
             r = self.reconstruction
-            lines.append(f"  reconstruction: {r['frobenius']:.1e} in all (allowed {FROBENIUS:.0e}), {r['worst_row']:.1e} in the worst row (allowed {PER_ROW:.0e})")
-        lines += [f"  {label}: {', '.join(items)}" for label, items in (("bit-exact", self.bit_exact), ("changed", self.changed), ("folded", self.folded), ("dropped", self.dropped)) if items]
+            lines.append(
+                f"  reconstruction: {r['frobenius']:.1e} in all (allowed {FROBENIUS:.0e}), {r['worst_row']:.1e} in the worst row (allowed {PER_ROW:.0e})"
+            )
+        lines += [
+            f"  {label}: {', '.join(items)}"
+            for label, items in (
+                ("bit-exact", self.bit_exact),
+                ("changed", self.changed),
+                ("folded", self.folded),
+                ("dropped", self.dropped),
+            )
+            if items
+        ]
         return "\n".join(lines)

@@ -61,7 +61,9 @@ def compare(source: SAE, target: SAE, source_run: Run, target_run: Run, x_ND: Te
     if not bool(equal_N.any()):
         problems.append("no row has the same active latents on both sides")
     if frobenius > FROBENIUS or worst_row > PER_ROW:
-        problems.append(f"reconstructions differ by {frobenius:.1e} (allowed {FROBENIUS:.0e}), {worst_row:.1e} in the worst row (allowed {PER_ROW:.0e})")
+        problems.append(
+            f"reconstructions differ by {frobenius:.1e} (allowed {FROBENIUS:.0e}), {worst_row:.1e} in the worst row (allowed {PER_ROW:.0e})"
+        )
     if worst_feature > PER_ROW:
         problems.append(f"features differ by {worst_feature:.1e} of the row's largest (allowed {PER_ROW:.0e})")
     return Comparison(values, tuple(problems))

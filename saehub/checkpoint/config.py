@@ -19,10 +19,10 @@ MAX_WIDTH = 2**31 - 1
 class SAEConfig:
     """Everything that the equation needs besides the tensors.
 
-        x' = norm_in(x) - subtract_b_dec * b_dec
-        p  = x' W_enc + b_enc                        (* ‖W_dec_i‖ if decoder_norm_scaling)
-        f  = activation(p)                           by architecture
-        x̂  = norm_out(f W_dec + b_dec; x) + x W_skipᵀ   (f / ‖W_dec_i‖ if decoder_norm_scaling)
+    x' = norm_in(x) - subtract_b_dec * b_dec
+    p  = x' W_enc + b_enc                        (* ‖W_dec_i‖ if decoder_norm_scaling)
+    f  = activation(p)                           by architecture
+    x̂  = norm_out(f W_dec + b_dec; x) + x W_skipᵀ   (f / ‖W_dec_i‖ if decoder_norm_scaling)
     """
 
     architecture: str
@@ -76,7 +76,9 @@ class SAEConfig:
         if self.norm_out not in ("none", self.norm_in):
             raise FormatError(f"norm_out {self.norm_out!r} with norm_in {self.norm_in!r}", fix="norm_out must be 'none' or equal norm_in")
         if self.norm_out != "none" and self.kind != "autoencoder":
-            raise FormatError(f"norm_out {self.norm_out!r} on a {self.kind}", why="the input's norm says nothing of the output's", fix="norm_out='none'")
+            raise FormatError(
+                f"norm_out {self.norm_out!r} on a {self.kind}", why="the input's norm says nothing of the output's", fix="norm_out='none'"
+            )
 
     @property
     def skip(self) -> bool:
@@ -89,7 +91,9 @@ class SAEConfig:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, in the order of the fields."""
-        return {name: dict(value) if name == "params" else value for name, value in ((n, getattr(self, n)) for n in self.__dataclass_fields__)}
+        return {
+            name: dict(value) if name == "params" else value for name, value in ((n, getattr(self, n)) for n in self.__dataclass_fields__)
+        }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> SAEConfig:
@@ -99,7 +103,7 @@ class SAEConfig:
             if name not in values:
                 raise FormatError(f"{name!r} is missing", why=f"present: {', '.join(sorted(map(str, data)))[:300]}")
         if not isinstance(values.get("params", {}), Mapping):
-            raise FormatError(f"params is {values['params']!r}", why="expected a map such as {\"k\": 32}")
+            raise FormatError(f"params is {values['params']!r}", why='expected a map such as {"k": 32}')
         return cls(**values)
 
     def __reduce__(self) -> tuple:  # a mappingproxy cannot be pickled or deep-copied

@@ -99,7 +99,12 @@ def convert(
         if certificate.outcome == REFUSED and allow_lossy:
             certificate.outcome = LOSSY
         if certificate.outcome == REFUSED:
-            raise Refused(f"{src} was not converted: in {target.name} it is another dictionary", certificate, why=certificate.reason, fix="--allow-lossy writes it all the same")
+            raise Refused(
+                f"{src} was not converted: in {target.name} it is another dictionary",
+                certificate,
+                why=certificate.reason,
+                fix="--allow-lossy writes it all the same",
+            )
         if keep_original:
             from saehub.checkpoint.format import save
 
@@ -215,7 +220,11 @@ def _note_tensors(certificate: Certificate, source: SAE, target: SAE, notes: Any
     import torch
 
     was, now = source.tensors(), target.tensors()
-    same = [n for n in was if n in now and was[n].dtype == now[n].dtype and was[n].shape == now[n].shape and torch.equal(was[n].cpu(), now[n].cpu())]
+    same = [
+        n
+        for n in was
+        if n in now and was[n].dtype == now[n].dtype and was[n].shape == now[n].shape and torch.equal(was[n].cpu(), now[n].cpu())
+    ]
     certificate.bit_exact, certificate.changed = same, [n for n in was if n not in same]
     certificate.folded, certificate.dropped = list(notes.get("folded", ())), list(notes.get("dropped", ()))
     certificate.side_channel = list(notes.get("side_channel", ()))
@@ -244,5 +253,8 @@ def _kept_original(path: Path, side: _Side) -> SAE | None:
     if not v1.is_checkpoint(path / ORIGINAL) or not (path / FILE).is_file():
         return None
     if Certificate.read(path / FILE).target.get("tensors_hash") != v1.sae_hash(side.codec.read(path)):
-        raise FormatError(f"{path} was changed after its conversion, but {ORIGINAL}/ beside it was not", fix=f"remove {path / ORIGINAL} to convert what is there now")
+        raise FormatError(
+            f"{path} was changed after its conversion, but {ORIGINAL}/ beside it was not",
+            fix=f"remove {path / ORIGINAL} to convert what is there now",
+        )
     return v1.load(path / ORIGINAL)

@@ -125,7 +125,9 @@ def read_header(path: str | Path) -> dict[str, Any]:
         raise FormatError(f"{file} is not JSON in UTF-8", why=f"{type(error).__name__}: {error}", fix=RESTORE) from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         found = header.get("format") if isinstance(header, dict) else type(header).__name__
-        raise FormatError(f"{file} is not a saehub header", why=f'expected "format": "{FORMAT}", found {found!r}', fix="saehub inspect PATH")
+        raise FormatError(
+            f"{file} is not a saehub header", why=f'expected "format": "{FORMAT}", found {found!r}', fix="saehub inspect PATH"
+        )
     version = header.get("format_version")
     if isinstance(version, bool) or not isinstance(version, int) or version < 1:
         raise FormatError(f"{file}: format_version is {version!r}", why="expected a whole number from 1", fix=RESTORE)
@@ -216,7 +218,16 @@ def _compare(file: Path, slices: Mapping[str, Any], expected: Mapping[str, Mappi
             )
 
 
-DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32", "U8": "uint8", "BOOL": "bool"}
+DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
 """safetensors' words for dtypes, and torch's."""
 
 
@@ -224,7 +235,9 @@ def _check_entries(file: Path, header: Mapping[str, Any]) -> None:
     """The shape of the header itself: what the rest of the reader relies on."""
     entries = header.get("tensors")
     if not isinstance(entries, dict) or not entries:
-        raise FormatError(f"{file}: 'tensors' is {type(entries).__name__}", why="expected a map of name to dtype, shape and sha256", fix=RESTORE)
+        raise FormatError(
+            f"{file}: 'tensors' is {type(entries).__name__}", why="expected a map of name to dtype, shape and sha256", fix=RESTORE
+        )
     for name, entry in entries.items():
         good = (
             isinstance(entry, dict)
@@ -234,7 +247,9 @@ def _check_entries(file: Path, header: Mapping[str, Any]) -> None:
             and all(isinstance(size, int) and not isinstance(size, bool) and size >= 0 for size in entry["shape"])
         )
         if not good:
-            raise FormatError(f"{file}: the entry of tensor {name!r} is {str(entry)[:200]}", why="expected dtype, shape and sha256", fix=RESTORE)
+            raise FormatError(
+                f"{file}: the entry of tensor {name!r} is {str(entry)[:200]}", why="expected dtype, shape and sha256", fix=RESTORE
+            )
     if header.get("tensors_hash") != tensors_hash(entries):
         raise FormatError(f"{file}: tensors_hash does not follow from the tensors' hashes", fix=RESTORE)
     probe = header.get("probe")
@@ -250,7 +265,9 @@ def _check_finite(name: str, tensor: Tensor, where: str) -> None:
     bad = tensor.isnan() if name == "threshold" else ~tensor.isfinite()
     count = int(bad.sum())
     if count:
-        raise FormatError(f"{name} holds {count} values that are NaN or infinite", where=where, fix="train or convert again: such an SAE computes nothing")
+        raise FormatError(
+            f"{name} holds {count} values that are NaN or infinite", where=where, fix="train or convert again: such an SAE computes nothing"
+        )
 
 
 def _dtype(tensor: Tensor) -> str:

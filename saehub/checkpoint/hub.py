@@ -40,7 +40,10 @@ def download(text: str, *, revision: str | None = None) -> tuple[Path, dict[str,
         ) from error
     path = root / folder
     if not path.is_dir():
-        raise UsageError(f"{text}: the repository has no folder {folder!r}", why=f"it has {', '.join(sorted(p.name for p in root.iterdir())[:12]) or 'nothing'}")
+        raise UsageError(
+            f"{text}: the repository has no folder {folder!r}",
+            why=f"it has {', '.join(sorted(p.name for p in root.iterdir())[:12]) or 'nothing'}",
+        )
     return path, {"id": text, "repository": repo, "folder": folder, "revision": revision or "main", "commit": root.name}
 
 

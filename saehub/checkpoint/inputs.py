@@ -106,7 +106,9 @@ def real_rows(model: ModelHandle, site: str, rows: int) -> Tensor:
     from saehub.sites import Site
 
     if not site:
-        raise UsageError("the checkpoint names no site, so real activations cannot be extracted for it", fix="leave --model out, or give the site")
+        raise UsageError(
+            "the checkpoint names no site, so real activations cannot be extracted for it", fix="leave --model out, or give the site"
+        )
     tap = Site.parse(site).tap(model.shape)
     context = min(64, model.shape.context)
     contexts, kept = [], range(4, context, 4)

@@ -104,7 +104,10 @@ def locate(source: str | Path, *, revision: str | None = None) -> tuple[Path, di
     path = Path(text).expanduser()
     if not path.exists():
         looks_like_hub = text.count("/") >= 1 and not text.startswith((".", "/", "~"))
-        raise UsageError(f"{source} does not exist", fix=f"a checkpoint folder; for the Hugging Face hub write hf://{text}" if looks_like_hub else "name a checkpoint folder")
+        raise UsageError(
+            f"{source} does not exist",
+            fix=f"a checkpoint folder; for the Hugging Face hub write hf://{text}" if looks_like_hub else "name a checkpoint folder",
+        )
     return path, {}
 
 
@@ -130,9 +133,13 @@ def _unknown(path: Path) -> FormatError:
         why = f"it holds {', '.join(names[:12]) or 'nothing'}" + (" …" if len(names) > 12 else "")
         inside = [entry for entry in sorted(path.iterdir()) if entry.is_dir() and find_format(entry)][:5]
         if inside:
-            return FormatError(f"{path} is not a checkpoint itself", why=why, fix=f"name one of those inside it: {', '.join(map(str, inside))}")
+            return FormatError(
+                f"{path} is not a checkpoint itself", why=why, fix=f"name one of those inside it: {', '.join(map(str, inside))}"
+            )
     else:
         why = "it is a file; checkpoints are folders"
     return FormatError(
-        f"{path} is in no format that is known here", why=why, fix=f"known: {', '.join([NATIVE, *exporters()])}; saehub plugins ls shows broken ones"
+        f"{path} is in no format that is known here",
+        why=why,
+        fix=f"known: {', '.join([NATIVE, *exporters()])}; saehub plugins ls shows broken ones",
     )

@@ -122,7 +122,9 @@ def make_probe(
     if not sae.row_wise:
         raise UsageError(f"no probe of rows for {sae.config.architecture}", why="its features depend on the whole sequence")
     if x_ND.ndim != 2 or x_ND.shape[1] != sae.config.d_in or x_ND.shape[0] < MIN_ROWS:
-        raise UsageError(f"a probe from rows of shape {list(x_ND.shape)}", why=f"expected at least {MIN_ROWS} rows of d_in = {sae.config.d_in}")
+        raise UsageError(
+            f"a probe from rows of shape {list(x_ND.shape)}", why=f"expected at least {MIN_ROWS} rows of d_in = {sae.config.d_in}"
+        )
     if not bool(x_ND.isfinite().all()):
         raise UsageError("a probe from rows with NaN or infinity", fix="choose other rows")
     tokens = (token_ids, positions, contexts)
@@ -134,15 +136,23 @@ def make_probe(
     if target_ND is not None and tuple(target_ND.shape) != (x_ND.shape[0], sae.config.d_out):
         raise UsageError(f"probe targets of shape {list(target_ND.shape)}", why=f"expected [{x_ND.shape[0]}, {sae.config.d_out}]")
     x_ND = x_ND.detach().cpu()
-    cpu = sae if next(iter(sae.tensors().values())).device.type == "cpu" else type(sae)(sae.config, {n: t.cpu() for n, t in sae.tensors().items()})
+    cpu = (
+        sae
+        if next(iter(sae.tensors().values())).device.type == "cpu"
+        else type(sae)(sae.config, {n: t.cpu() for n, t in sae.tensors().items()})
+    )
     with torch.no_grad():
         values, indices, offsets, reconstruction, margin = answers(cpu, x_ND)
-    return Probe(x_ND, values, indices, offsets, reconstruction, margin, **stored, target_ND=None if target_ND is None else target_ND.detach().cpu())
+    return Probe(
+        x_ND, values, indices, offsets, reconstruction, margin, **stored, target_ND=None if target_ND is None else target_ND.detach().cpu()
+    )
 
 
 def _context_tensors(rows: int, token_ids_N: Tensor, positions_N: Tensor, contexts_NT: Tensor) -> dict[str, Tensor]:
     if not (token_ids_N.shape == positions_N.shape == (rows,) and contexts_NT.ndim == 2 and contexts_NT.shape[0] == rows):
-        raise UsageError("token_ids, positions and contexts of a probe do not fit its rows", why=f"expected [{rows}], [{rows}], [{rows}, T]")
+        raise UsageError(
+            "token_ids, positions and contexts of a probe do not fit its rows", why=f"expected [{rows}], [{rows}], [{rows}, T]"
+        )
     if int(positions_N.min()) < 0 or int(positions_N.max()) >= contexts_NT.shape[1]:
         raise UsageError("a probe position lies outside its context", why=f"contexts have {contexts_NT.shape[1]} tokens")
     if not torch.equal(contexts_NT.gather(1, positions_N[:, None]).squeeze(1), token_ids_N):
@@ -172,7 +182,11 @@ def read_probe(file: Path, sae: SAE) -> Probe:
         expected = [sizes.get(size, tensor.shape[axis] if axis < tensor.ndim else -1) for axis, size in enumerate(SHAPES[name])]
         floating = name in ("x", "feature_values", "reconstruction", "margin", "target")
         if list(tensor.shape) != expected or tensor.is_floating_point() != floating or (not floating and tensor.dtype != torch.int64):
-            raise FormatError(f"{file}: {name} is {tensor.dtype} {list(tensor.shape)}", why=f"expected {expected}, {'floating' if floating else 'int64'}", fix=RESTORE)
+            raise FormatError(
+                f"{file}: {name} is {tensor.dtype} {list(tensor.shape)}",
+                why=f"expected {expected}, {'floating' if floating else 'int64'}",
+                fix=RESTORE,
+            )
         if floating and not bool(tensor.isfinite().all()):
             raise FormatError(f"{file}: {name} holds NaN or infinity", fix=RESTORE)
     _check_ranges(file, found, sizes, sae.config.d_sae)
@@ -190,7 +204,7 @@ def _check_ranges(file: Path, found: dict[str, Tensor], sizes: dict[str, int], d
     if "contexts" in found:
         bounds |= {"positions": found["contexts"].shape[1], "context_of_row": found["contexts"].shape[0]}
     for name, below in bounds.items():
-        if found[name].numel() and not (0 <= int(found[name].min()) and int(found[name].max()) < below):
+        if found[name].numel() and not (int(found[name].min()) >= 0 and int(found[name].max()) < below):
             raise FormatError(f"{file}: {name} points outside 0 … {below - 1}", fix=RESTORE)
     offsets = found["row_offsets"]
     if int(offsets[0]) != 0 or int(offsets[-1]) != sizes["nnz"] or bool((offsets.diff() < 0).any()):

@@ -21,7 +21,9 @@ BUILT_IN: tuple[ArchitectureEntry, ...] = (
     ArchitectureEntry("jumprelu", f"{_HERE}.jumprelu:JumpReLU", "f = max(p, 0) [p > θ_i]"),
     ArchitectureEntry("gated", f"{_HERE}.gated:Gated", "f = [x'W + b_gate > 0] max(x'(W e^{r_mag}) + b_mag, 0)"),
     ArchitectureEntry("groupmax", f"{_HERE}.groupmax:GroupMax", "f = max(p, 0) on the largest p of each of k groups"),
-    ArchitectureEntry("matching_pursuit", f"{_HERE}.matching_pursuit:MatchingPursuit", "greedy: f_i += r·d_i, r -= f_i d_i for the largest r·d_i"),
+    ArchitectureEntry(
+        "matching_pursuit", f"{_HERE}.matching_pursuit:MatchingPursuit", "greedy: f_i += r·d_i, r -= f_i d_i for the largest r·d_i"
+    ),
 )
 
 
@@ -55,7 +57,9 @@ def architecture(name: str, provider: str | None = None) -> type[SAE]:
 
     found = registered.load()
     if not (isinstance(found, type) and issubclass(found, SAE)):
-        raise FormatError(f"the architecture {name!r} of {registered.distribution} is not a subclass of saehub.SAE", where=registered.entry.target)
+        raise FormatError(
+            f"the architecture {name!r} of {registered.distribution} is not a subclass of saehub.SAE", where=registered.entry.target
+        )
     return found
 
 

@@ -130,7 +130,8 @@ class SAE(nn.Module):
             if width is not None and found > width:
                 if bool((indices[:, width:] >= 0).any()):
                     raise UsageError(
-                        f"k_max={width} is too small: a row has {int((indices >= 0).sum(1).max())} active latents", fix="raise k_max, or leave it out"
+                        f"k_max={width} is too small: a row has {int((indices >= 0).sum(1).max())} active latents",
+                        fix="raise k_max, or leave it out",
                     )
                 values, indices = values[:, :width], indices[:, :width]
             widest = max(widest, found if width is None else width)
@@ -190,7 +191,9 @@ class SAE(nn.Module):
         """Features [..., d_sae] to the reconstruction [..., d_out]. `like` is the input x [..., d_in]: needed for a run-time output
         norm and for a skip path (else NeedsInput), ignored otherwise."""
         if acts.shape[-1] != self.config.d_sae:
-            raise UsageError(f"decode got features of shape {list(acts.shape)}", why=f"expected the last dimension to be d_sae = {self.config.d_sae}")
+            raise UsageError(
+                f"decode got features of shape {list(acts.shape)}", why=f"expected the last dimension to be d_sae = {self.config.d_sae}"
+            )
         flat_BF = acts.reshape(-1, self.config.d_sae).to(dtype or self.W_dec.dtype)
         if self.config.decoder_norm_scaling:
             flat_BF = flat_BF * self._inverse_decoder_norms(flat_BF.dtype)
@@ -198,6 +201,8 @@ class SAE(nn.Module):
 
     def decode_sparse(self, values: Tensor, indices: Tensor, like: Tensor | None = None) -> Tensor:
         """`encode_sparse`'s output [n, k_max] to the reconstruction [n, d_out]; `like` [n, d_in] as in `decode`."""
+        if not indices.numel():  # nothing is active anywhere; embedding_bag refuses empty bags
+            return self._finish(self.W_dec.new_zeros((indices.shape[0], self.config.d_out)), like, indices.shape[:-1], None)
         kept = indices >= 0
         rows = indices.clamp(min=0)
         values = torch.where(kept, values, 0).to(self.W_dec.dtype)
@@ -295,7 +300,9 @@ def _check_tensors(architecture: str, specs: Mapping[str, TensorSpec], tensors: 
         )
     for name, spec in specs.items():
         tensor = tensors[name]
-        if len(tensor.shape) != len(spec.shape) or any(want is not None and have != want for have, want in zip(tensor.shape, spec.shape, strict=True)):
+        if len(tensor.shape) != len(spec.shape) or any(
+            want is not None and have != want for have, want in zip(tensor.shape, spec.shape, strict=True)
+        ):
             expected = [size if size is not None else "any" for size in spec.shape]
             raise FormatError(f"{name} has shape {list(tensor.shape)}", why=f"expected {expected} for a {architecture} SAE of this size")
         if tensor.is_floating_point() != spec.floating or (not spec.floating and tensor.dtype != torch.int64):
@@ -337,4 +344,3 @@ def _pad(tensor: Tensor, width: int, value: int) -> Tensor:
 def parameter_bytes(sae: SAE) -> int:
     """Bytes of all stored tensors."""
     return sum(prod(t.shape) * t.element_size() for t in sae.tensors().values())
-

@@ -60,7 +60,10 @@ class Report:
 
     def __str__(self) -> str:
         width = max((len(check.name) for check in self.checks), default=0)
-        lines = [f"{check.name:<{width}}  {check.status:<12}  {check.detail}" + (f"\n{'':<{width}}  fix: {check.fix}" if check.fix else "") for check in self.checks]
+        lines = [
+            f"{check.name:<{width}}  {check.status:<12}  {check.detail}" + (f"\n{'':<{width}}  fix: {check.fix}" if check.fix else "")
+            for check in self.checks
+        ]
         return "\n".join([f"{self.path} ({self.format})", *lines])
 
 
@@ -139,7 +142,9 @@ def _replay(report: Report, sae: SAE, probe: Probe) -> None:
     compared_N = torch.ones(probe.rows, dtype=torch.bool)
     for row in range(probe.rows):
         was, now = torch.zeros(shape[1], dtype=torch.float64), torch.zeros(shape[1], dtype=torch.float64)
-        was[probe.feature_indices[probe.row_offsets[row] : probe.row_offsets[row + 1]]] = probe.feature_values[probe.row_offsets[row] : probe.row_offsets[row + 1]]
+        was[probe.feature_indices[probe.row_offsets[row] : probe.row_offsets[row + 1]]] = probe.feature_values[
+            probe.row_offsets[row] : probe.row_offsets[row + 1]
+        ]
         now[indices[offsets[row] : offsets[row + 1]]] = values[offsets[row] : offsets[row + 1]]
         scale = max(float(was.abs().max()), float(now.abs().max()), 1e-300)
         if bool(((was != 0) != (now != 0)).any()):
@@ -152,11 +157,26 @@ def _replay(report: Report, sae: SAE, probe: Probe) -> None:
     worst_output = float(differences_N.max()) if differences_N.numel() else 0.0
     detail = f"float64: features within {worst_feature:.1e}, reconstruction within {worst_output:.1e}, {flipped} rows with other latents; mean L0 {probe.mean_l0:.1f}"
     if flipped or worst_feature > REPLAY_TOLERANCE or worst_output > REPLAY_TOLERANCE:
-        report.add("probe replay", "failed", f"{detail} (allowed {REPLAY_TOLERANCE:.0e})", "this dictionary is not the one that was saved: restore it")
+        report.add(
+            "probe replay",
+            "failed",
+            f"{detail} (allowed {REPLAY_TOLERANCE:.0e})",
+            "this dictionary is not the one that was saved: restore it",
+        )
     elif probe.active_rows < ACTIVE_SHARE * probe.rows:
-        report.add("probe replay", "inconclusive", f"{detail}; only {probe.active_rows} of {probe.rows} rows activate any latent", "save again with a probe of rows it activates on")
+        report.add(
+            "probe replay",
+            "inconclusive",
+            f"{detail}; only {probe.active_rows} of {probe.rows} rows activate any latent",
+            "save again with a probe of rows it activates on",
+        )
     elif int(compared_N.sum()) < ACTIVE_SHARE * probe.rows:
-        report.add("probe replay", "inconclusive", f"{detail}; {probe.rows - int(compared_N.sum())} of {probe.rows} rows are ties", "save again with a probe of other rows")
+        report.add(
+            "probe replay",
+            "inconclusive",
+            f"{detail}; {probe.rows - int(compared_N.sum())} of {probe.rows} rows are ties",
+            "save again with a probe of other rows",
+        )
     else:
         report.add("probe replay", "ok", detail)
 
@@ -175,7 +195,9 @@ def _verify_site(report: Report, sae: SAE, probe: Probe, model: ModelHandle | No
         return
     claimed = (sae.provenance.get("model") or {}).get("fingerprint")
     if claimed and getattr(model, "fingerprint", None) not in (None, claimed):
-        report.add("model", "failed", f"the SAE was trained on {claimed}, this model is {model.fingerprint}", "give the same model and revision")
+        report.add(
+            "model", "failed", f"the SAE was trained on {claimed}, this model is {model.fingerprint}", "give the same model and revision"
+        )
     for label, name, rows_ND in (("site", site, probe.x_ND), ("target site", target, probe.target_ND)):
         if rows_ND is None or not name:
             if label == "target site" and target:
@@ -194,7 +216,9 @@ def _compare_site(report: Report, label: str, name: str, rows_ND: torch.Tensor, 
     allowed = max(SITE_TOLERANCE.get(dtype, 2e-3) for dtype in dtypes)
     found_ND = _extract(model, probe, [name])[name]
     if found_ND.shape != rows_ND.shape:
-        report.add(label, "failed", f"{name} has width {found_ND.shape[1]} in this model, the probe {rows_ND.shape[1]}", "is it the right model?")
+        report.add(
+            label, "failed", f"{name} has width {found_ND.shape[1]} in this model, the probe {rows_ND.shape[1]}", "is it the right model?"
+        )
         return
     worst = float(_relative(rows_ND, found_ND).max())
     if worst <= allowed:
@@ -202,8 +226,17 @@ def _compare_site(report: Report, label: str, name: str, rows_ND: torch.Tensor, 
         return
     middle = float(torch.quantile(_relative(rows_ND, found_ND), 0.5))
     nearest, distance = _nearest_site(model, probe, rows_ND)
-    hint = f"the rows are those of {nearest} (within {distance:.1e})" if nearest and distance <= allowed else "no site of this model gives these rows: is it the right model?"
-    report.add(label, "failed", f"{name}: rows differ by {middle:.1e} (median), {worst:.1e} at most, allowed {allowed:.0e}; {hint}", "correct the site, or give the right model")
+    hint = (
+        f"the rows are those of {nearest} (within {distance:.1e})"
+        if nearest and distance <= allowed
+        else "no site of this model gives these rows: is it the right model?"
+    )
+    report.add(
+        label,
+        "failed",
+        f"{name}: rows differ by {middle:.1e} (median), {worst:.1e} at most, allowed {allowed:.0e}; {hint}",
+        "correct the site, or give the right model",
+    )
 
 
 def _relative(a_ND: torch.Tensor, b_ND: torch.Tensor) -> torch.Tensor:

@@ -57,8 +57,14 @@ def test_there_and_back_is_bit_exact(toy, tmp_path, architecture, config, dtype)
     assert codec.sniff(tmp_path) and same(sae, again) and again.provenance == PROVENANCE
     assert bool(notes["folded"]) == (architecture in ("batchtopk", "matryoshka"))
     cfg = json.loads((tmp_path / "cfg.json").read_text())
-    assert int(cfg["metadata"]["sae_lens_version"].split(".")[0]) >= 6 and cfg["metadata"]["saehub"]["config"]["architecture"] == architecture
-    assert cfg["metadata"]["hook_name"] == "blocks.2.hook_resid_post" and cfg["metadata"]["model_name"] == "org/model" and cfg["metadata"]["context_size"] == 128
+    assert (
+        int(cfg["metadata"]["sae_lens_version"].split(".")[0]) >= 6 and cfg["metadata"]["saehub"]["config"]["architecture"] == architecture
+    )
+    assert (
+        cfg["metadata"]["hook_name"] == "blocks.2.hook_resid_post"
+        and cfg["metadata"]["model_name"] == "org/model"
+        and cfg["metadata"]["context_size"] == 128
+    )
 
 
 @pytest.mark.parametrize(("architecture", "config", "words"), UNSAYABLE)
@@ -88,7 +94,9 @@ def test_folding_the_decoder_norm(toy, rows, tmp_path):
         notes = SAELensFormat().write(sae, tmp_path / architecture)
         again = SAELensFormat().read(tmp_path / architecture)
         assert "decoder norms" in notes["folded"][0] and not again.config.decoder_norm_scaling
-        assert torch.allclose(again.encode(rows), sae.encode(rows), rtol=1e-5, atol=1e-5) and torch.allclose(again(rows), sae(rows), rtol=1e-5, atol=1e-5)
+        assert torch.allclose(again.encode(rows), sae.encode(rows), rtol=1e-5, atol=1e-5) and torch.allclose(
+            again(rows), sae(rows), rtol=1e-5, atol=1e-5
+        )
 
 
 def written(path, config, tensors):
@@ -98,7 +106,15 @@ def written(path, config, tensors):
     return path
 
 
-V6 = {"d_in": 16, "d_sae": 48, "dtype": "float32", "device": "cuda", "apply_b_dec_to_input": True, "normalize_activations": "none", "reshape_activations": "none"}
+V6 = {
+    "d_in": 16,
+    "d_sae": 48,
+    "dtype": "float32",
+    "device": "cuda",
+    "apply_b_dec_to_input": True,
+    "normalize_activations": "none",
+    "reshape_activations": "none",
+}
 FOREIGN = {
     "version 6": ({**V6, "architecture": "topk", "k": 6, "rescale_acts_by_decoder_norm": True, "metadata": {"sae_lens_version": "6.20.1", "hook_name": "blocks.1.hook_mlp_out", "x": {"y": [1]}}}, "topk"),
     "topk by default has k 100": ({**V6, "d_sae": 48, "architecture": "topk", "k": 6, "metadata": {"sae_lens_version": "6.0.0"}}, "topk"),
@@ -133,22 +149,36 @@ def test_a_foreign_folder_comes_back_as_it_was(toy, tmp_path, case):
 
 def test_hook_names_become_sites_or_stay_as_they_are(toy, tmp_path):
     tensors = toy("relu").tensors()
-    for name, site in (("blocks.5.hook_resid_pre", "resid_pre.5"), ("blocks.5.attn.hook_z", "attn_z.5"), ("blocks.5.hook_mlp_out", "mlp_out.5"), ("hook_embed", "embed")):
-        folder = written(tmp_path / name, {**V6, "architecture": "standard", "metadata": {"sae_lens_version": "6.0.0", "hook_name": name}}, tensors)
+    for name, site in (
+        ("blocks.5.hook_resid_pre", "resid_pre.5"),
+        ("blocks.5.attn.hook_z", "attn_z.5"),
+        ("blocks.5.hook_mlp_out", "mlp_out.5"),
+        ("hook_embed", "embed"),
+    ):
+        folder = written(
+            tmp_path / name, {**V6, "architecture": "standard", "metadata": {"sae_lens_version": "6.0.0", "hook_name": name}}, tensors
+        )
         assert SAELensFormat().read(folder).provenance["site"] == site
     odd = {"sae_lens_version": "6.0.0", "hook_name": "blocks.5.hook_strange"}
     sae = SAELensFormat().read(written(tmp_path / "odd", {**V6, "architecture": "standard", "metadata": odd}, tensors))
     assert "site" not in sae.provenance and sae.provenance["unknown_site"] == "blocks.5.hook_strange"
-    changed = SAE.build(sae.config, sae.tensors() | {"b_dec": sae.b_dec.detach() + 1}, {k: v for k, v in sae.provenance.items() if k != "origin"})
+    changed = SAE.build(
+        sae.config, sae.tensors() | {"b_dec": sae.b_dec.detach() + 1}, {k: v for k, v in sae.provenance.items() if k != "origin"}
+    )
     SAELensFormat().write(changed, tmp_path / "again")
     assert json.loads((tmp_path / "again/cfg.json").read_text())["metadata"]["hook_name"] == "blocks.5.hook_strange"
     head = {"sae_lens_version": "6.0.0", "hook_name": "blocks.5.attn.hook_z", "hook_head_index": 3}
-    assert "site" not in SAELensFormat().read(written(tmp_path / "head", {**V6, "architecture": "standard", "metadata": head}, tensors)).provenance
+    assert (
+        "site"
+        not in SAELensFormat().read(written(tmp_path / "head", {**V6, "architecture": "standard", "metadata": head}, tensors)).provenance
+    )
 
 
 def test_a_changed_sae_does_not_get_its_old_config(toy, rows, tmp_path):
     """Read from SAELens, then changed (here: units): the verbatim config is still right, a config that is not is never written."""
-    folder = written(tmp_path / "theirs", {**V6, "architecture": "topk", "k": 6, "metadata": {"sae_lens_version": "6.0.0"}}, toy("topk").tensors())
+    folder = written(
+        tmp_path / "theirs", {**V6, "architecture": "topk", "k": 6, "metadata": {"sae_lens_version": "6.0.0"}}, toy("topk").tensors()
+    )
     sae = SAELensFormat().read(folder)
     fewer = SAE.build(sae.config.replace(params={"k": 3}), sae.tensors(), sae.provenance)
     SAELensFormat().write(fewer, tmp_path / "fewer")
@@ -180,7 +210,13 @@ def test_the_side_channel_never_overrules_the_folder(toy, rows, tmp_path):
     edited(tmp_path / "c", lambda cfg: cfg["metadata"].update(hook_name="blocks.7.hook_resid_pre"))
     assert codec.read(tmp_path / "c").provenance["site"] == "resid_pre.7"
 
-    for value in ("text", [], {"config": {"architecture": "topk"}}, {"config": 3}, {"config": {"architecture": "nope", "d_in": 1, "d_sae": 1}, "tensors": 5}):
+    for value in (
+        "text",
+        [],
+        {"config": {"architecture": "topk"}},
+        {"config": 3},
+        {"config": {"architecture": "nope", "d_in": 1, "d_sae": 1}, "tensors": 5},
+    ):
         codec.write(toy("topk"), tmp_path / "d")
         edited(tmp_path / "d", lambda cfg, value=value: cfg["metadata"].update(saehub=value))
         assert same(codec.read(tmp_path / "d"), toy("topk"))
@@ -224,7 +260,10 @@ def test_bad_files(toy, tmp_path):
             (lambda p: (p / "cfg.json").write_text("[1]"), "is a list"),
             (lambda p: (p / "cfg.json").write_text("[" * 100_000), "cfg.json"),
             (lambda p: save_file(tensors | {"scaling_factor": torch.full((48,), 2.0)}, p / "sae_weights.safetensors"), "scaling_factor"),
-            (lambda p: save_file(tensors | {"b_enc": torch.full((48,), float("nan"))}, p / "sae_weights.safetensors"), "b_enc holds 48 values"),
+            (
+                lambda p: save_file(tensors | {"b_enc": torch.full((48,), float("nan"))}, p / "sae_weights.safetensors"),
+                "b_enc holds 48 values",
+            ),
             (lambda p: save_file(tensors | {"extra": torch.ones(2)}, p / "sae_weights.safetensors"), "not expected: extra"),
         ]
     ):

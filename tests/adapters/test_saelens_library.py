@@ -44,7 +44,9 @@ def test_sae_lens_computes_the_same(toy, rows, tmp_path, architecture, word, con
     SAELensFormat().write(sae, tmp_path)
     theirs = Theirs.load_from_disk(tmp_path, device="cpu", dtype="float32")
     assert theirs.cfg.architecture() == word
-    assert theirs.cfg.metadata.hook_name == "blocks.2.hook_resid_post" and theirs.cfg.metadata.saehub["config"]["architecture"] == architecture
+    assert (
+        theirs.cfg.metadata.hook_name == "blocks.2.hook_resid_post" and theirs.cfg.metadata.saehub["config"]["architecture"] == architecture
+    )
     with torch.no_grad():
         features, output = theirs.encode(rows), theirs(rows)
     expected, reconstruction = sae.encode(rows, dtype=torch.float64), sae(rows, dtype=torch.float64)
@@ -83,7 +85,9 @@ def test_what_sae_lens_saves_comes_back(rows, tmp_path):
         SAELensFormat().write(v1.load(v1.save(ours, tmp_path / f"{word}-ours")), tmp_path / f"{word}-back")
         was, now = (load_file(tmp_path / name / "sae_weights.safetensors") for name in (word, f"{word}-back"))
         assert was.keys() == now.keys() and all(torch.equal(was[name], now[name]) for name in was), word
-        assert json.loads((tmp_path / word / "cfg.json").read_text()) == json.loads((tmp_path / f"{word}-back" / "cfg.json").read_text()), word
+        assert json.loads((tmp_path / word / "cfg.json").read_text()) == json.loads((tmp_path / f"{word}-back" / "cfg.json").read_text()), (
+            word
+        )
         seen.add(word)
     assert len(seen) == 10
 

@@ -66,7 +66,11 @@ def house(monkeypatch):
     )  # fmt: skip
     made.entry = entry
     made.require = lambda registered: None
-    monkeypatch.setattr(plugins, "catalog", lambda: SimpleNamespace(architectures=dict, components=lambda kind: {"house/house": entry}, require=lambda r: made.require(r)))
+    monkeypatch.setattr(
+        plugins,
+        "catalog",
+        lambda: SimpleNamespace(architectures=dict, components=lambda kind: {"house/house": entry}, require=lambda r: made.require(r)),
+    )
     return made
 
 
@@ -99,7 +103,9 @@ def test_a_faithful_conversion_is_verified(source, house, tmp_path):
 
 
 def changed(**tensors):
-    return lambda sae: SAE.build(sae.config, sae.tensors() | {name: change(getattr(sae, name).detach()) for name, change in tensors.items()})
+    return lambda sae: SAE.build(
+        sae.config, sae.tensors() | {name: change(getattr(sae, name).detach()) for name, change in tensors.items()}
+    )
 
 
 def configured(**fields):
@@ -118,7 +124,9 @@ FAULTS = {
     "decoder rounded to bf16": changed(W_dec=lambda t: t.bfloat16().float()),
     "encoder bias dropped": changed(b_enc=lambda t: t * 0),
     "decoder bias dropped": changed(b_dec=lambda t: t * 0),
-    "latents permuted": changed(W_enc=lambda t: t.flip(1), b_enc=lambda t: t.flip(0), W_dec=lambda t: t.flip(0), threshold=lambda t: t.flip(0)),
+    "latents permuted": changed(
+        W_enc=lambda t: t.flip(1), b_enc=lambda t: t.flip(0), W_dec=lambda t: t.flip(0), threshold=lambda t: t.flip(0)
+    ),
     "features in another scale": changed(W_enc=lambda t: t * 2, b_enc=lambda t: t * 2, threshold=lambda t: t * 2, W_dec=lambda t: t / 2),
     "a factor of sqrt(d)": changed(W_enc=lambda t: t * 12**0.5),
 }
@@ -191,7 +199,12 @@ def test_a_tie_between_equal_latents_is_explained(toy, rows):
     assert bool(one.any())
     other = torch.where(one[:, None], acts[:, [1, 0, *range(2, 40)]], acts)
     found = compare(sae, sae, (acts, sae.decode(acts)), (other, sae.decode(other)), rows)
-    assert found.values["support"] == {"rows_equal": int((~one).sum()), "different": 2 * int(one.sum()), "explained": 2 * int(one.sum()), "unexplained": 0}
+    assert found.values["support"] == {
+        "rows_equal": int((~one).sum()),
+        "different": 2 * int(one.sum()),
+        "explained": 2 * int(one.sum()),
+        "unexplained": 0,
+    }
     assert not found.problems
 
 

@@ -18,7 +18,11 @@ from saehub.errors import FormatError, SaehubError, UsageError
 
 pytestmark = pytest.mark.quick
 ARCHITECTURES = ("relu", "topk", "abstopk", "batchtopk", "matryoshka", "jumprelu", "gated", "groupmax", "matching_pursuit")
-PROVENANCE = {"site": "resid_post.2", "model": {"name": "m", "revision": None}, "origin": {"config": {"pi": 3.141592653589793, "naïve": [1, None]}}}
+PROVENANCE = {
+    "site": "resid_post.2",
+    "model": {"name": "m", "revision": None},
+    "origin": {"config": {"pi": 3.141592653589793, "naïve": [1, None]}},
+}
 
 
 @pytest.fixture
@@ -30,7 +34,13 @@ def folder(toy, rows, tmp_path):
 
 def same(a, b) -> bool:
     ours, theirs = a.tensors(), b.tensors()
-    equal = all(ours[n].dtype == theirs[n].dtype and torch.equal(ours[n].view(torch.uint8) if ours[n].ndim else ours[n], theirs[n].view(torch.uint8) if theirs[n].ndim else theirs[n]) for n in ours)
+    equal = all(
+        ours[n].dtype == theirs[n].dtype
+        and torch.equal(
+            ours[n].view(torch.uint8) if ours[n].ndim else ours[n], theirs[n].view(torch.uint8) if theirs[n].ndim else theirs[n]
+        )
+        for n in ours
+    )
     return ours.keys() == theirs.keys() and equal and a.config == b.config and a.provenance == b.provenance
 
 
@@ -56,7 +66,9 @@ def test_the_header_says_what_the_design_asks(folder):
     header = json.loads((folder / "saehub.json").read_text())
     tensors = load_file(folder / "sae.safetensors")
     assert header["format_version"] == 1 and header["architecture_provider"] == "saehub" and header["kind"] == "autoencoder"
-    assert {name: entry["shape"] for name, entry in header["tensors"].items()} == {name: list(tensor.shape) for name, tensor in tensors.items()}
+    assert {name: entry["shape"] for name, entry in header["tensors"].items()} == {
+        name: list(tensor.shape) for name, tensor in tensors.items()
+    }
     for name, tensor in tensors.items():  # the hash, from its definition
         raw = f"float32{list(tensor.shape)}".encode() + tensor.numpy().tobytes()
         assert header["tensors"][name]["sha256"] == hashlib.sha256(raw).hexdigest()
@@ -145,7 +157,9 @@ ZOO = {
     "huge safetensors header": (lambda f: (f / "sae.safetensors").write_bytes((2**62).to_bytes(8, "little") + b"{}"), "cannot be read"),
     "huge shape": (
         lambda f: (f / "sae.safetensors").write_bytes(
-            (h := b'{"W_enc":{"dtype":"F32","shape":[4611686018427387904,4],"data_offsets":[0,64]}}').__len__().to_bytes(8, "little") + h + b"\0" * 64
+            (h := b'{"W_enc":{"dtype":"F32","shape":[4611686018427387904,4],"data_offsets":[0,64]}}').__len__().to_bytes(8, "little")
+            + h
+            + b"\0" * 64
         ),
         "sae.safetensors",
     ),
@@ -164,21 +178,33 @@ ZOO = {
     "NaN in the header": (lambda f: text(f, lambda s: s.replace('"d_in": 12', '"d_in": NaN')), "NaN is not JSON"),
     "key twice": (lambda f: text(f, lambda s: s.replace('"d_in": 12', '"d_in": 12, "d_in": 12')), "occurs twice"),
     "deep nesting": (lambda f: (f / "saehub.json").write_text("[" * 200_000), "saehub.json"),
-    "edited header": (lambda f: text(f, lambda s: s.replace('"subtract_b_dec": true', '"subtract_b_dec": false')), "was changed after it was written"),
+    "edited header": (
+        lambda f: text(f, lambda s: s.replace('"subtract_b_dec": true', '"subtract_b_dec": false')),
+        "was changed after it was written",
+    ),
     "future version": (lambda f: rewrite(f, format_version=2), "pip install -U saehub"),
     "no version": (lambda f: rewrite(f, format_version=None), "format_version is None"),
     "version of another type": (lambda f: rewrite(f, format_version=True), "format_version is True"),
     "no tensors listed": (lambda f: rewrite(f, tensors={}), "'tensors' is dict"),
     "tensors a list": (lambda f: rewrite(f, tensors=[1]), "'tensors' is list"),
-    "an entry without a shape": (lambda f: rewrite(f, tensors={"W_enc": {"dtype": "float32", "sha256": "0"}}), "the entry of tensor 'W_enc'"),
-    "an entry with a negative size": (lambda f: rewrite(f, tensors={"W_enc": {"dtype": "float32", "shape": [-1], "sha256": "0"}}), "the entry of tensor"),
+    "an entry without a shape": (
+        lambda f: rewrite(f, tensors={"W_enc": {"dtype": "float32", "sha256": "0"}}),
+        "the entry of tensor 'W_enc'",
+    ),
+    "an entry with a negative size": (
+        lambda f: rewrite(f, tensors={"W_enc": {"dtype": "float32", "shape": [-1], "sha256": "0"}}),
+        "the entry of tensor",
+    ),
     "d_in a string": (lambda f: rewrite(f, d_in="12"), "d_in is '12'"),
     "d_sae does not fit": (lambda f: rewrite(f, d_sae=41), "expected [12, 41]"),
     "no architecture": (lambda f: rewrite(f, architecture=None), "'architecture' is missing"),
     "params a list": (lambda f: rewrite(f, params=[1]), "params is [1]"),
     "provenance a list": (lambda f: rewrite(f, provenance=[1]), "'provenance' is not a map"),
     "probe a number": (lambda f: rewrite(f, probe=3), "'probe' is 3"),
-    "unknown architecture": (lambda f: rewrite(f, architecture="softcap", architecture_provider="saehub-softcap"), "pip install saehub-softcap"),
+    "unknown architecture": (
+        lambda f: rewrite(f, architecture="softcap", architecture_provider="saehub-softcap"),
+        "pip install saehub-softcap",
+    ),
     "another architecture": (lambda f: rewrite(f, architecture="relu"), "not expected: threshold"),
 }
 

@@ -96,7 +96,13 @@ def test_probe_is_what_float64_says(toy, rows, architecture, tmp_path):
     np.testing.assert_allclose(probe.reconstruction_ND, wide(rows).numpy(), rtol=1e-13, atol=1e-13)
     assert probe.mean_l0 == float((dense != 0).sum(1).double().mean())
     report = verify(folder)
-    assert report.ok and statuses(report) == {"header": "ok", "tensors": "ok", "probe file": "ok", "probe replay": "ok", "site": "not verified"}
+    assert report.ok and statuses(report) == {
+        "header": "ok",
+        "tensors": "ok",
+        "probe file": "ok",
+        "probe replay": "ok",
+        "site": "not verified",
+    }
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -257,7 +263,9 @@ def test_the_site_is_proved_with_the_model_only(toy, tmp_path):
     assert statuses(verify(folder))["site"] == "not verified"
     report = verify(folder, handle())
     assert report.ok and statuses(report)["site"] == "ok", str(report)
-    assert statuses(verify(v1.save(*trained_at(toy, 2, claims="resid_pre.3")[:1], tmp_path / "same", probe=probe), handle()))["site"] == "ok"
+    assert (
+        statuses(verify(v1.save(*trained_at(toy, 2, claims="resid_pre.3")[:1], tmp_path / "same", probe=probe), handle()))["site"] == "ok"
+    )
 
 
 @pytest.mark.parametrize("claims", ["resid_post.1", "resid_post.3", "embed", "mlp_out.2"])

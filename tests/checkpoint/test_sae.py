@@ -83,8 +83,16 @@ def pursuit(c: SAEConfig, D_FD: np.ndarray, residual: np.ndarray) -> np.ndarray:
 CASES = [(name, {}) for name in ARCHITECTURES]
 CASES += [(name, {"decoder_norm_scaling": True}) for name in SCALING]
 CASES += [(name, {"subtract_b_dec": False}) for name in ("topk", "gated", "matching_pursuit")]
-CASES += [(name, {"norm_in": norm, "norm_out": norm}) for name in ("topk", "jumprelu", "matching_pursuit") for norm in ("constant_norm_rescale", "layer_norm")]
-CASES += [(name, {"kind": kind, "subtract_b_dec": False, "d_out": 7}) for name in ("relu", "topk", "gated", "jumprelu") for kind in ("transcoder", "skip_transcoder")]
+CASES += [
+    (name, {"norm_in": norm, "norm_out": norm})
+    for name in ("topk", "jumprelu", "matching_pursuit")
+    for norm in ("constant_norm_rescale", "layer_norm")
+]
+CASES += [
+    (name, {"kind": kind, "subtract_b_dec": False, "d_out": 7})
+    for name in ("relu", "topk", "gated", "jumprelu")
+    for kind in ("transcoder", "skip_transcoder")
+]
 CASES += [("relu", {"kind": "transcoder", "subtract_b_dec": False, "norm_in": "layer_norm"})]
 
 
@@ -135,9 +143,15 @@ def test_sparse_refuses_what_does_not_fit(toy, rows):
         sae.encode_sparse(rows, limit_bytes=1000)
     values, indices = toy("topk").encode_sparse(rows[:0])
     assert values.shape == indices.shape == (0, 5)
+    asleep = SAE.build(toy("jumprelu").config, toy("jumprelu").tensors() | {"threshold": torch.full((40,), 1e9)})
+    values, indices = asleep.encode_sparse(rows)
+    assert values.shape == indices.shape == (96, 0)
+    close(asleep.decode_sparse(values, indices), asleep.b_dec.expand(96, -1))
 
 
-@pytest.mark.parametrize("config", [{"norm_in": "layer_norm", "norm_out": "layer_norm"}, {"kind": "skip_transcoder", "subtract_b_dec": False}])
+@pytest.mark.parametrize(
+    "config", [{"norm_in": "layer_norm", "norm_out": "layer_norm"}, {"kind": "skip_transcoder", "subtract_b_dec": False}]
+)
 def test_decode_needs_the_input_where_it_must(toy, rows, config):
     sae = toy("topk", **config)
     acts = sae.encode(rows)
