@@ -59,8 +59,9 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: st
 
 def _grid(columns: Sequence[str], right: Iterable[str] = ()) -> Table:
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
+    numeric = set(right)  # these never wrap: a number on two lines is misread
     for name in columns:
-        grid.add_column(Text(name), justify="right" if name in set(right) else "left", overflow="fold")
+        grid.add_column(Text(clean(name)), justify="right" if name in numeric else "left", no_wrap=name in numeric, overflow="fold")
     return grid
 
 
@@ -91,7 +92,7 @@ def results(measurements: Iterable[Any]) -> None:
 
 
 def _group(group: Group) -> None:
-    makers = list(dict.fromkeys(f"{row.evaluator} {row.version}".strip() for row in group.rows))
+    makers = list(dict.fromkeys(clean(f"{row.evaluator} {row.version}".strip()) for row in group.rows))
     head = Text.assemble((clean(group.title), "bold"), (f"   {makers[0]}" if len(makers) == 1 else "", "dim"))
     columns = ["metric", "", *(_column(name) for name in group.datasets), "n"] + (["evaluator"] if len(makers) > 1 else [])
     grid = _grid(columns, right=[_column(name) for name in group.datasets])
