@@ -124,6 +124,7 @@ def windows(stream_N: torch.Tensor, context: int) -> torch.Tensor:
 # ---------------------------------------------------------------- the model on disk
 
 def new_model(recipe: Recipe):
+    """A LlamaForCausalLM of the recipe's sizes, initialised from its seed."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(recipe.seed)
@@ -305,6 +306,7 @@ def _log(log: Path, row: dict) -> None:
 
 
 def main() -> None:
+    """The command line: train, or `--evaluate` the shipped weights."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--evaluate", action="store_true", help="print the held-out figures of the shipped weights and stop")
     parser.add_argument("--minutes", type=float, default=55.0, help="training time in all (default 55)")

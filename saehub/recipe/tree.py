@@ -94,6 +94,7 @@ def copy(node: Node) -> Node:
 
 
 def join(path: str, key: str) -> str:
+    """The dotted path of `key` inside `path`."""
     return f"{path}.{key}" if path else key
 
 
