@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import platform
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import cached_property
@@ -154,8 +155,7 @@ class _Writer:
         self.dir, self.context = out_dir, context
         self.sequences = 0
         self._rows: list[np.ndarray] = []
-        self._kept: list[int] = []
-        self._source: list[int] = []
+        self._kept, self._source = array("i"), array("i")  # 8 bytes a sequence, whatever the size of the corpus
         self._shards: list[dict] = []
         self._hash = hashlib.sha256()
         self._per_shard = max(1, SHARD_TOKENS // context)
@@ -197,7 +197,7 @@ class _Writer:
 
     def finish(self) -> list[dict]:
         self._flush()
-        self._save("index.safetensors", {"kept": np.array(self._kept, dtype=np.int32), "source": np.array(self._source, dtype=np.int16)})
+        self._save("index.safetensors", {"kept": np.array(self._kept, dtype=np.int32), "source": np.array(self._source, dtype=np.int32)})
         return [*self._shards, {"file": "index.safetensors", "sha256": sha256_file(self.dir / "index.safetensors")}]
 
 

@@ -148,7 +148,6 @@ def test_widths_of_any_module_without_weights(tmp_path):
 
 
 def test_the_bridge_shares_the_weights_and_leaves_the_model_alone():
-    pytest.importorskip("transformer_lens", reason="needs the saelens extra")
     from saehub.activations import taps
 
     handle = ModelHandle.load(ModelSpec("builtin/tiny-llama", device="cpu", attention="eager"))
