@@ -61,6 +61,7 @@ def check_extractor(
     tokens: TokenDataset | None = None,
     tolerance: float = 1e-5,
     only: Collection[str] | None = None,
+    stage: Stage | None = None,
 ) -> ConformanceReport:
     """Everything that `saehub.api.Extractor` promises.
 
@@ -71,14 +72,16 @@ def check_extractor(
         model, tokens: what it reads. Default: a tiny random Llama and packed text where the registration `needs` them, else nothing.
         tolerance: greatest relative difference (Frobenius) from a plain hook of ours, where a tiny model is read.
         only: names of the checks to run; None: all.
+        stage: a tiny model and text to reuse between suites (`saehub.testing.stage.Stage(folder)`); None: new ones.
     """
     subject = resolve("extractor", component, with_)
     needs = subject.registered.component.needs if subject.registered else ()
     with scratch() as folder:
-        stage = None
         if model is None and "model" in needs:
-            stage = Stage(Path(folder))
+            stage = stage or Stage(Path(folder))
             model, tokens = stage.model, stage.tokens()
+        else:
+            stage = None
         bench = Bench(subject, model, tokens, sites or SITES, stage)
         checks: list[tuple[str, Callable[[], str | None]]] = [
             *common_checks(subject),
@@ -171,13 +174,15 @@ def _row_order(bench: Bench) -> str:
     import torch
 
     batches = bench.all_rows()
-    if batches[0].sequences_N is None:
+    if batches[0].sequences_N is None or batches[0].positions_N is None:
         return "rows without sequences"
-    sequences = torch.cat([rows.sequences_N for rows in batches])
-    positions = torch.cat([rows.positions_N for rows in batches])
-    expect(bool((sequences.diff() >= 0).all()), "rows are not in sequence order")
-    same = sequences.diff() == 0
-    expect(bool((positions.diff()[same] == 1).all()), "positions within a sequence do not count up by one")
+    for number, rows in enumerate(batches):
+        steps, moves = rows.sequences_N.diff(), rows.positions_N.diff()
+        expect(bool((steps >= 0).all()), f"batch {number} is not in sequence order")
+        expect(bool((moves[steps == 0] == 1).all()), f"batch {number}: positions within a sequence do not count up by one")
+    sequences, positions = (torch.cat([getattr(rows, name) for rows in batches]) for name in ("sequences_N", "positions_N"))
+    pairs = torch.stack([sequences, positions], 1)
+    expect(len(pairs.unique(dim=0)) == len(pairs), "a position of a sequence is delivered twice")
     if bench.tokens is None:
         return f"{len(set(sequences.tolist()))} sequences"
     tokens, seen = bench.tokens, 0
@@ -197,11 +202,24 @@ def _batch_size(bench: Bench, tolerance: float) -> str:
     small, large = bench.all_rows(), bench.all_rows(lm_batch=2 * LM_BATCH)
     worst = 0.0
     for site in bench.sites:
-        a, b = (torch.cat([rows.acts[site].double() for rows in batches]) for batches in (small, large))
+        a, b = (_aligned(batches, site) for batches in (small, large))
         expect(a.shape == b.shape, f"{site}: {len(a)} rows with lm_batch {LM_BATCH}, {len(b)} with {2 * LM_BATCH}")
         worst = max(worst, float((a - b).norm() / b.norm()))
     expect(worst <= tolerance, f"relative difference {worst:.2g} between lm_batch {LM_BATCH} and {2 * LM_BATCH}")
     return f"relative difference {worst:.1g}"
+
+
+def _aligned(batches: list[Rows], site: str) -> Tensor:
+    """float64 [rows, d] in an order that does not depend on how rows were grouped: by sequence and position, else by value."""
+    import numpy as np
+    import torch
+
+    x_ND = torch.cat([rows.acts[site].detach().double() for rows in batches])
+    if batches[0].sequences_N is not None and batches[0].positions_N is not None:
+        keys = [torch.cat([getattr(rows, name) for rows in batches]).numpy() for name in ("positions_N", "sequences_N")]
+    else:
+        keys = list(x_ND.numpy().T[::-1])
+    return x_ND[np.lexsort(keys)]
 
 
 def _no_alias(bench: Bench) -> str:

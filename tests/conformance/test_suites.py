@@ -18,15 +18,6 @@ from saehub.testing.settings import ToyExtract, ToyTrain
 SMALL = ToyTrain(latents=80, batch=128)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Toys are too small for two threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def broken(report: ConformanceReport) -> set[str]:
     """Names of the broken promises."""
     return {check.name for check in report.failures}
@@ -469,3 +460,45 @@ def test_a_wrong_kind_is_a_usage_error():
 def test_measurements_with_infinities_fail_in_json():
     row = Measurement("fvu", float("inf"), ("a",), "toy/l0", "toy.fvu/1")
     assert row.to_json()["status"] == "failed" and row.to_json()["value"] is None
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
+def test_tiny_models_load_speak_bytes_and_leave_the_random_state_alone(family, tmp_path):
+    import transformers
+
+    from saehub.testing import tiny_model
+
+    before = torch.get_rng_state()
+    folder = tiny_model(tmp_path / family, family)
+    again = tiny_model(tmp_path / "again", family)
+    assert torch.equal(before, torch.get_rng_state())
+    assert (folder / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    text = "sparse ünïcode ✓"
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    assert tokenizer.decode(ids[0]) == text and ids.shape[1] == len(text.encode())
+    assert model.config.model_type == family and int(ids.max()) < model.config.vocab_size
+    with torch.no_grad():
+        assert float(model(ids).logits.std()) > 0.5  # predictions depend on the input
+
+
+def test_planted_rows_are_what_they_say():
+    from saehub.testing import mmcs, planted
+
+    x_ND, D_FD = planted(20_000, 64, 40, 5.0, seed=1)
+    codes = torch.linalg.lstsq(D_FD.T.double(), x_ND.T.double()).solution.T  # 40 features in 64 dimensions: the code is unique
+    assert abs(float((codes.abs() > 1e-4).sum(1).double().mean()) - 5.0) < 0.1
+    active = codes[codes.abs() > 1e-4]
+    assert float(active.min()) >= 0.5 - 1e-3 and float(active.max()) <= 1.5 + 1e-3
+    assert mmcs(D_FD, D_FD) == pytest.approx(1.0) and torch.allclose(D_FD.norm(dim=1), torch.ones(40))
+    assert torch.equal(planted(100, 64, 40, 5.0, seed=1)[1], D_FD)  # features do not depend on the number of rows
+
+
+def test_the_fixtures_for_plugin_authors(saehub_planted, saehub_tiny_model):
+    from saehub.testing import planted
+
+    x_ND, dictionary_FD = saehub_planted(8, 4, 5, 1.0)
+    assert torch.equal(x_ND, planted(8, 4, 5, 1.0)[0]) and dictionary_FD.shape == (5, 4)
+    assert (saehub_tiny_model("gpt2") / "model.safetensors").is_file()
+    assert saehub_tiny_model("gpt2") == saehub_tiny_model("gpt2") != saehub_tiny_model()
