@@ -42,6 +42,7 @@ def save(sae: SAE, path: str | Path, *, probe: Probe | None = None, overwrite: b
     tensors = sae.tensors()
     for name, tensor in tensors.items():
         _check_finite(name, tensor, f"cannot save to {path}")
+    about = _plain({"config": sae.config.to_json(), "provenance": {**sae.provenance, **provenance}})
     path.mkdir(parents=True, exist_ok=True)
     (path / HEADER).unlink(missing_ok=True)  # from here on the folder is incomplete, until the header is back
     entries = {name: {"dtype": _dtype(t), "shape": list(t.shape), "sha256": sha256_tensor(t)} for name, t in tensors.items()}
@@ -50,19 +51,18 @@ def save(sae: SAE, path: str | Path, *, probe: Probe | None = None, overwrite: b
     header: dict[str, Any] = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        **sae.config.to_json(),
+        **about["config"],
         "architecture_provider": provider(sae.config.architecture),
         "row_wise": sae.row_wise,
         "tensors": entries,
         "tensors_hash": tensors_hash(entries),
         "probe": None,
-        "provenance": {**sae.provenance, **provenance},
+        "provenance": about["provenance"],
         "saehub_version": __version__,
     }
     if probe is not None:
         write_tensors(path / PROBE, probe.to_tensors())
         header["probe"] = {"sha256": sha256_file(path / PROBE), "rows": probe.rows, "tokens": probe.token_ids_N is not None}
-    header = json.loads(json.dumps(header, allow_nan=False, default=_plain))
     write_json_atomic(path / HEADER, {**header, "hash": header_hash(header)})
     return path
 
@@ -96,12 +96,22 @@ def sae_hash(sae: SAE) -> str:
     return tensors_hash({name: {"sha256": sha256_tensor(tensor)} for name, tensor in sae.tensors().items()})
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return dict(value)
-    if isinstance(value, Path):
-        return str(value)
-    raise TypeError(f"{value!r} ({type(value).__name__}) is not plain data: provenance and parameters must be")
+def _plain(data: dict[str, Any]) -> dict[str, Any]:
+    """As JSON would give it back (paths as text, tuples as lists); a UsageError for what JSON cannot hold, before anything is written."""
+
+    def convert(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return dict(value)
+        if isinstance(value, Path):
+            return str(value)
+        raise TypeError(f"{value!r} is a {type(value).__name__}")
+
+    try:
+        return json.loads(json.dumps(data, allow_nan=False, default=convert))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UsageError(
+            "parameters and provenance of an SAE must be plain data", why=str(error), fix="numbers, text, lists and maps; no NaN"
+        ) from error
 
 
 # ---------------------------------------------------------------------- reading

@@ -268,5 +268,7 @@ def test_a_moved_folder_is_the_same_checkpoint(folder, tmp_path):
 
 
 def test_provenance_must_be_plain_data(toy, tmp_path):
-    with pytest.raises(TypeError, match="not plain data"):
-        v1.save(toy("topk", provenance={"model": object()}), tmp_path / "a")
+    for value, words in ((object(), "is a object"), (float("nan"), "Out of range"), ({1: {2}}, "is a set")):
+        with pytest.raises(UsageError, match="must be plain data") as error:
+            v1.save(toy("topk", provenance={"model": value}), tmp_path / "a")
+        assert words in str(error.value) and not (tmp_path / "a").exists()

@@ -261,7 +261,7 @@ def test_gradients_reach_the_input(toy, rows):
         step = torch.zeros_like(x).detach()
         step[row, column] = 1e-6
         slope = ((sae(x + step) - sae(x - step)) * weight).sum() / 2e-6
-        assert abs(float(slope - gradient[row, column])) < 1e-7
+        assert abs(float(slope.detach() - gradient[row, column])) < 1e-7
     assert not any(parameter.requires_grad for parameter in sae.parameters())
 
 
