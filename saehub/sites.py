@@ -164,7 +164,11 @@ class Site:
             why = "`embed` has no layer" if word == "embed" else f"`{word}` needs a layer number, such as {word}.2"
             raise UsageError(f"{text!r} is not a site", why=why, fix=grammar)
         if "." in text and not did_you_mean(word, KINDS):
-            raise UsageError(f"{text!r} is not a site", why="a module path needs `:in` or `:out`", fix=f"write '{text}:out' for the module's output; {grammar}")
+            raise UsageError(
+                f"{text!r} is not a site",
+                why="a module path needs `:in` or `:out`",
+                fix=f"write '{text}:out' for the module's output; {grammar}",
+            )
         raise UsageError(f"{text!r} is not a site{did_you_mean(word, KINDS)}", fix=grammar)
 
     @classmethod
@@ -185,7 +189,10 @@ class Site:
         if path.endswith((".input", ".inputs", ".inputs.0.0", ".input.0")):
             path, io = re.sub(r"\.inputs?(?:\.0)*$", "", path), "in"
         if not re.fullmatch(r"[A-Za-z_]\w*(?:\.\w+)*", path):
-            raise UsageError(f"{name!r} is not a name of a tensor", fix="write a site (`resid_post.6`), a module (`model.layers.6`) or a TransformerLens name")
+            raise UsageError(
+                f"{name!r} is not a name of a tensor",
+                fix="write a site (`resid_post.6`), a module (`model.layers.6`) or a TransformerLens name",
+            )
         return cls(module=path, io=io)._canonical(shape)
 
     def _canonical(self, shape: ModelShape) -> Site:
@@ -244,7 +251,7 @@ class Site:
         return {"attn_z": shape.n_heads * shape.d_head, "mlp_act": shape.d_mlp}.get(site.kind, shape.d_model)
 
     def names(self, shape: ModelShape) -> dict[str, str | None]:
-        """The tensor's name in `transformer_lens`, `hf` (module:side), `sparsify` (outputs, relative to the base model) and `nnsight`; None where it has none."""
+        """Its name in `transformer_lens`, `hf` (module:side), `sparsify` (outputs, from the base model) and `nnsight`; None where it has none."""
         site = self._canonical(shape)
         if site.kind is None:
             taps, lens = [str(site)], None

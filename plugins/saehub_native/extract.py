@@ -27,10 +27,16 @@ class HFExtractor:
     def open(self, model: ModelHandle | None, tokens: TokenDataset | None, sites: Sequence[str], *, lm_batch: int) -> HFSession:
         """Check sites, widths and the context against the model, and start reading. UsageError names what the model lacks."""
         if model is None or tokens is None:
-            raise UsageError("native/hf needs a model and text", where="extract.uses", fix="set model.name and data.train, or use native/files")
+            raise UsageError(
+                "native/hf needs a model and text", where="extract.uses", fix="set model.name and data.train, or use native/files"
+            )
         if tokens.context > model.shape.context:
-            raise UsageError(f"sequences of {tokens.context} tokens are longer than {model.spec.name} allows", why=f"it accepts {model.shape.context} positions",
-                             where="data.train.context", fix=f"use at most {model.shape.context}")
+            raise UsageError(
+                f"sequences of {tokens.context} tokens are longer than {model.spec.name} allows",
+                why=f"it accepts {model.shape.context} positions",
+                where="data.train.context",
+                fix=f"use at most {model.shape.context}",
+            )
         return HFSession(model, tokens, sites, lm_batch)
 
 
@@ -51,13 +57,19 @@ class HFSession:
     def _read(self, tokens_BT: torch.Tensor) -> dict[str, torch.Tensor]:
         top = int(tokens_BT.max())
         if top >= self.model.shape.vocab:
-            raise StageFailed(f"token id {top} is outside the model's vocabulary of {self.model.shape.vocab}", why="the tokens were made with another tokenizer",
-                              fix="use the tokenizer that belongs to the model")
+            raise StageFailed(
+                f"token id {top} is outside the model's vocabulary of {self.model.shape.vocab}",
+                why="the tokens were made with another tokenizer",
+                fix="use the tokenizer that belongs to the model",
+            )
         found = taps.read(self.model.hf, tokens_BT, self.taps)
         for site, x_BTD in found.items():
             if x_BTD.ndim != 3 or x_BTD.shape[:2] != tokens_BT.shape:
-                raise StageFailed(f"site {site!r} does not hold one row a token", why=f"{list(tokens_BT.shape)} tokens give a tensor of shape {list(x_BTD.shape)}",
-                                  fix="choose a module whose input or output is [batch, positions, width]")
+                raise StageFailed(
+                    f"site {site!r} does not hold one row a token",
+                    why=f"{list(tokens_BT.shape)} tokens give a tensor of shape {list(x_BTD.shape)}",
+                    fix="choose a module whose input or output is [batch, positions, width]",
+                )
         return found
 
     def rows(self, batch: int) -> Rows:

@@ -30,8 +30,12 @@ class FilesExtractor:
         layout = Layout.scan(self.config)
         for site in map(str, sites):
             if site not in layout.sites:
-                raise UsageError(f"the files hold no site {site!r}{did_you_mean(site, layout.sites)}", where="extract.sites", why=f"there are: {', '.join(layout.sites)}",
-                                 fix="correct the site, or say which tensor it is under extract.with.names")
+                raise UsageError(
+                    f"the files hold no site {site!r}{did_you_mean(site, layout.sites)}",
+                    where="extract.sites",
+                    why=f"there are: {', '.join(layout.sites)}",
+                    fix="correct the site, or say which tensor it is under extract.with.names",
+                )
         return FilesSession(layout, list(map(str, sites)), lm_batch)
 
 

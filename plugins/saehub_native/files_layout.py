@@ -84,24 +84,46 @@ class Layout:
         """Read the headers. UsageError: no such folder, nothing in it, a name that is not there; FormatError: a broken file, rows that do not match."""
         folder = Path(config.path).expanduser()
         if not folder.is_dir():
-            raise UsageError(f"activations {config.path!r}: no such folder", where="extract.with.path", why=f"looked at {folder.absolute()}", fix="give a folder of .safetensors or .npy files")
+            raise UsageError(
+                f"activations {config.path!r}: no such folder",
+                where="extract.with.path",
+                why=f"looked at {folder.absolute()}",
+                fix="give a folder of .safetensors or .npy files",
+            )
         tensors = sorted(file for file in folder.glob("*.safetensors") if not file.name.startswith("."))
         found = _from_safetensors(tensors) if tensors else _from_npy(folder)
         if not any(name not in IDS for name in found):
-            raise UsageError(f"activations {config.path!r}: the folder holds none", where="extract.with.path", fix="put .safetensors files there, or <site>.npy; `native/files` describes the layouts")
+            raise UsageError(
+                f"activations {config.path!r}: the folder holds none",
+                where="extract.with.path",
+                fix="put .safetensors files there, or <site>.npy; `native/files` describes the layouts",
+            )
         renamed = {name: site for site, name in config.names.items()}
         missing = [name for name in renamed if name not in found]
         if missing:
-            raise UsageError(f"the files hold no tensor {missing[0]!r}{did_you_mean(missing[0], found)}", where="extract.with.names", why=f"there are: {', '.join(found)}")
+            raise UsageError(
+                f"the files hold no tensor {missing[0]!r}{did_you_mean(missing[0], found)}",
+                where="extract.with.names",
+                why=f"there are: {', '.join(found)}",
+            )
         columns = {renamed.get(name, name): _column(name, parts) for name, parts in found.items()}
         files = sorted({part.file for parts in found.values() for part in parts})
         rows = {name: column.rows for name, column in columns.items()}
         if len(set(rows.values())) > 1:
-            raise FormatError(f"{folder}: the tensors do not hold the same rows", why=", ".join(f"{name}: {n}" for name, n in rows.items()), fix="write them from one pass, in one order")
+            raise FormatError(
+                f"{folder}: the tensors do not hold the same rows",
+                why=", ".join(f"{name}: {n}" for name, n in rows.items()),
+                fix="write them from one pass, in one order",
+            )
         if not next(iter(rows.values())):
             raise FormatError(f"{folder}: the tensors hold no rows", fix="write activations there first")
         if config.exclude_ids and "token_ids" not in columns:
-            raise UsageError("exclude_ids needs token ids", where="extract.with.exclude_ids", why=f"{folder} holds no `token_ids`", fix="store them beside the activations")
+            raise UsageError(
+                "exclude_ids needs token ids",
+                where="extract.with.exclude_ids",
+                why=f"{folder} holds no `token_ids`",
+                fix="store them beside the activations",
+            )
         return cls(folder, columns, files, config.exclude_ids)
 
     def keep(self, i: int, j: int) -> np.ndarray:
@@ -126,9 +148,21 @@ def _column(name: str, parts: list[Part]) -> Column:
     first = parts[0]
     for part in parts:
         if part.kind not in allowed or len(part.shape) not in dims:
-            raise FormatError(f"{part.file}: {name!r} is {part.kind} {list(part.shape)}", why=f"it must be {' or '.join(allowed)}, with {dims[0]} or {dims[1]} dimensions")
-        if part.kind != first.kind or len(part.shape) != len(first.shape) or (not width_dims or part.shape[-1] != first.shape[-1]) and width_dims:
-            raise FormatError(f"{part.file}: {name!r} is {part.kind} {list(part.shape)}", why=f"in {first.file.name} it is {first.kind} {list(first.shape)}", fix="write all parts alike")
+            raise FormatError(
+                f"{part.file}: {name!r} is {part.kind} {list(part.shape)}",
+                why=f"it must be {' or '.join(allowed)}, with {dims[0]} or {dims[1]} dimensions",
+            )
+        if (
+            part.kind != first.kind
+            or len(part.shape) != len(first.shape)
+            or (not width_dims or part.shape[-1] != first.shape[-1])
+            and width_dims
+        ):
+            raise FormatError(
+                f"{part.file}: {name!r} is {part.kind} {list(part.shape)}",
+                why=f"in {first.file.name} it is {first.kind} {list(first.shape)}",
+                fix="write all parts alike",
+            )
     return Column(name, parts, width_dims)
 
 
@@ -140,7 +174,11 @@ def _from_safetensors(files: list[Path]) -> dict[str, list[Part]]:
         if names is None:
             names = set(header)
         elif set(header) != names:
-            raise FormatError(f"{file} holds other tensors than {files[0].name}", why=f"{', '.join(sorted(header))} against {', '.join(sorted(names))}", fix="write all files alike")
+            raise FormatError(
+                f"{file} holds other tensors than {files[0].name}",
+                why=f"{', '.join(sorted(header))} against {', '.join(sorted(names))}",
+                fix="write all files alike",
+            )
         for name, entry in header.items():
             found.setdefault(name, []).append(Part(file, entry["dtype"], tuple(entry["shape"]), start + entry["data_offsets"][0]))
     return found
@@ -176,8 +214,14 @@ def _npy(file: Path) -> Part:
     try:
         array = np.load(file, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
-        raise FormatError(f"{file} cannot be read as a NumPy array", why=str(error), fix="write it with numpy.save, without objects") from None
+        raise FormatError(
+            f"{file} cannot be read as a NumPy array", why=str(error), fix="write it with numpy.save, without objects"
+        ) from None
     kinds = {np.dtype(text).str: kind for kind, text in (_FLOATS | _INTEGERS).items() if kind != "BF16"}
     if array.dtype.str not in kinds or not array.flags.c_contiguous:
-        raise FormatError(f"{file} has dtype {array.dtype} or is not in C order", why=f"known: {', '.join(sorted(kinds))}", fix="save numpy.ascontiguousarray(x, dtype='float32')")
+        raise FormatError(
+            f"{file} has dtype {array.dtype} or is not in C order",
+            why=f"known: {', '.join(sorted(kinds))}",
+            fix="save numpy.ascontiguousarray(x, dtype='float32')",
+        )
     return Part(file, kinds[array.dtype.str], array.shape, getattr(array, "offset", 0))

@@ -72,7 +72,9 @@ class BlockStream:
         device: str = "cpu",
     ):
         if batches_per_block < 1:
-            raise UsageError("a block needs at least one language-model batch", where="extract.block", fix="use at least lm_batch * context tokens")
+            raise UsageError(
+                "a block needs at least one language-model batch", where="extract.block", fix="use at least lm_batch * context tokens"
+            )
         self.session, self.sites, self.seed, self.batches_per_block = session, tuple(map(str, sites)), seed, batches_per_block
         self.dtype_name, self.dtype, self.device = dtype, torch_dtype(dtype), device
         self.rows, self.calibration_batches, self.repeat = rows, calibration_batches, repeat
@@ -83,9 +85,12 @@ class BlockStream:
         self._orders: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._calibration: dict[str, Tensor] | None = None
         if rows > self._epoch_rows and not (repeat and self._epoch_rows):
-            raise StageFailed(f"{rows:,} rows were asked for, {self._epoch_rows:,} are available", where="data.train.tokens",
-                              why=f"{len(self._kept)} language-model batches after {calibration_batches} for calibration",
-                              fix=f"set data.train.tokens to at most {self._epoch_rows}, write `repeat: true`, or give more text")
+            raise StageFailed(
+                f"{rows:,} rows were asked for, {self._epoch_rows:,} are available",
+                where="data.train.tokens",
+                why=f"{len(self._kept)} language-model batches after {calibration_batches} for calibration",
+                fix=f"set data.train.tokens to at most {self._epoch_rows}, write `repeat: true`, or give more text",
+            )
         self._total_batches = self._batches_for(rows)
         self.n_blocks = -(-self._total_batches // batches_per_block)
         settings = {name: getattr(self, name) for name in ("sites", "seed", "batches_per_block", "rows", "calibration_batches", "repeat")}
@@ -157,13 +162,17 @@ class BlockStream:
             count = int(keep_N.sum())
             target_N = place_N[done : done + count]
             if len(target_N) < count:
-                raise StageFailed(f"batch {batch} gave more rows than the extractor had announced", fix="report this to the author of the extractor")
+                raise StageFailed(
+                    f"batch {batch} gave more rows than the extractor had announced", fix="report this to the author of the extractor"
+                )
             wanted_N = target_N < n_out
             source_N = keep_N.nonzero().flatten()[wanted_N]
             target_N = target_N[wanted_N]
             for site in self.sites:
                 if site not in rows.acts:
-                    raise StageFailed(f"the extractor gives no rows for site {site!r}", why=f"it gives {', '.join(rows.acts)}", where="extract.sites")
+                    raise StageFailed(
+                        f"the extractor gives no rows for site {site!r}", why=f"it gives {', '.join(rows.acts)}", where="extract.sites"
+                    )
                 x_ND = rows.acts[site]
                 kept_ND = x_ND.index_select(0, source_N.to(x_ND.device)).to(device=device, dtype=self.dtype)
                 _check_finite(kept_ND, x_ND, source_N, site, batch, self.dtype_name)
@@ -177,7 +186,10 @@ class BlockStream:
                     extras[k][target_N] = column_N.cpu().to(torch.int64)[source_N]
             done += count
         if done != len(order):
-            raise StageFailed(f"batches {batches[0]} to {batches[-1]} gave {done} rows, {len(order)} were announced", fix="report this to the author of the extractor")
+            raise StageFailed(
+                f"batches {batches[0]} to {batches[-1]} gave {done} rows, {len(order)} were announced",
+                fix="report this to the author of the extractor",
+            )
         return acts, extras
 
     # Calibration rows
@@ -191,11 +203,19 @@ class BlockStream:
         """site -> [n, d] in the stream's dtype: the first `n` of the shuffled calibration rows. StageFailed when there are fewer."""
         total = self.calibration_rows
         if n > total:
-            raise StageFailed(f"{n:,} calibration rows were asked for, there are {total:,}", where="extract.calibration", fix=f"set extract.calibration to at least {n}")
+            raise StageFailed(
+                f"{n:,} calibration rows were asked for, there are {total:,}",
+                where="extract.calibration",
+                fix=f"set extract.calibration to at least {n}",
+            )
         if self._calibration is None:
             batches = range(self.calibration_batches)
             self._calibration = self._gather(batches, permutation(total, "calibration", self.seed), total, "cpu")[0] if total else {}
-        return {site: self._calibration[site][:n] for site in self.sites} if n else {site: torch.empty(0, self.session.widths[site], dtype=self.dtype) for site in self.sites}
+        return (
+            {site: self._calibration[site][:n] for site in self.sites}
+            if n
+            else {site: torch.empty(0, self.session.widths[site], dtype=self.dtype) for site in self.sites}
+        )
 
     def scale(self, site: str, normalize: str) -> float:
         """The factor on the rows of `site` that `normalize` (none, sqrt_d, unit) asks for, from all calibration rows."""
@@ -209,7 +229,11 @@ def scale_of(rows_ND: Tensor, normalize: str) -> float:
     if normalize not in ("sqrt_d", "unit"):
         raise UsageError(f"normalize: {normalize!r} is not known", where="extract.normalize", fix="use none, sqrt_d or unit")
     if rows_ND.shape[0] == 0:
-        raise StageFailed("there are no calibration rows to take a norm from", where="extract.calibration", fix="set extract.calibration to 16384, or extract.normalize to none")
+        raise StageFailed(
+            "there are no calibration rows to take a norm from",
+            where="extract.calibration",
+            fix="set extract.calibration to 16384, or extract.normalize to none",
+        )
     total = sum(float(piece.double().norm(dim=1).sum()) for piece in rows_ND.split(8192))
     mean = total / rows_ND.shape[0]
     if mean == 0:
@@ -218,7 +242,9 @@ def scale_of(rows_ND: Tensor, normalize: str) -> float:
 
 
 def _check_finite(kept_ND: Tensor, raw_ND: Tensor, source_N: Tensor, site: str, batch: int, dtype: str) -> None:
-    if not kept_ND.numel() or bool(torch.isfinite(kept_ND.sum())) or bool(torch.isfinite(kept_ND).all()):  # the sum is one cheap pass, and may overflow
+    if (
+        not kept_ND.numel() or bool(torch.isfinite(kept_ND.sum())) or bool(torch.isfinite(kept_ND).all())
+    ):  # the sum is one cheap pass, and may overflow
         return
     bad = int((~torch.isfinite(kept_ND).all(dim=1)).sum())
     overflow = bool(torch.isfinite(raw_ND.cpu()[source_N]).all())
@@ -226,13 +252,17 @@ def _check_finite(kept_ND: Tensor, raw_ND: Tensor, source_N: Tensor, site: str, 
         f"{bad} of {kept_ND.shape[0]} activation rows at {site} are NaN or infinite (language-model batch {batch})",
         where="extract",
         why=f"finite in the model, they overflow the stream's {dtype}" if overflow else "the model itself computes them so",
-        fix="set extract.dtype to bfloat16 or float32" if overflow else "set model.dtype to bfloat16 or float32, and check the model's weights",
+        fix="set extract.dtype to bfloat16 or float32"
+        if overflow
+        else "set model.dtype to bfloat16 or float32, and check the model's weights",
     )
 
 
 def _hash(acts: dict[str, Tensor], extras: Sequence[Tensor | None]) -> str:
     digest = hashlib.sha256()
-    columns = [column for column in extras if column is not None] or [acts[site].cpu().contiguous().view(torch.uint8) for site in sorted(acts)]
+    columns = [column for column in extras if column is not None] or [
+        acts[site].cpu().contiguous().view(torch.uint8) for site in sorted(acts)
+    ]
     for column in columns:
         digest.update(memoryview(column.numpy().reshape(-1)).cast("B"))
     return digest.hexdigest()

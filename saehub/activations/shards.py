@@ -33,7 +33,9 @@ class ShardStore:
         """Write block `b`, replacing what is there; a reader sees all of it or nothing. StageFailed when the disk is full."""
         data, about = self._files(b)
         columns = (block.token_ids_N, block.positions_N, block.sequences_N)
-        tensors = {site: x_ND.contiguous() for site, x_ND in block.acts.items()} | {name: x for name, x in zip(_EXTRAS, columns, strict=True) if x is not None}
+        tensors = {site: x_ND.contiguous() for site, x_ND in block.acts.items()} | {
+            name: x for name, x in zip(_EXTRAS, columns, strict=True) if x is not None
+        }
         beside = data.with_name(f".{data.name}.{os.getpid()}.tmp")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -43,12 +45,27 @@ class ShardStore:
             with open(beside, "rb+") as stream:
                 os.fsync(stream.fileno())
             os.replace(beside, data)
-            write_json_atomic(about, {"block": b, "first_row": block.first_row, "hash": block.hash, "sites": sorted(block.acts), "bytes": size, "sha256": sha256_file(data)})
+            write_json_atomic(
+                about,
+                {
+                    "block": b,
+                    "first_row": block.first_row,
+                    "hash": block.hash,
+                    "sites": sorted(block.acts),
+                    "bytes": size,
+                    "sha256": sha256_file(data),
+                },
+            )
         except (OSError, SafetensorError) as error:
             if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error) or "os error 28" in str(error):
-                raise StageFailed(f"the disk is full: block {b} could not be written to {self.path}", why=str(error),
-                                  fix="free some space, set SAEHUB_HOME to another disk, or set extract.store to none; then run again") from error
-            raise StageFailed(f"block {b} could not be written to {self.path}", said=str(error), fix="check the folder's permissions") from error
+                raise StageFailed(
+                    f"the disk is full: block {b} could not be written to {self.path}",
+                    why=str(error),
+                    fix="free some space, set SAEHUB_HOME to another disk, or set extract.store to none; then run again",
+                ) from error
+            raise StageFailed(
+                f"block {b} could not be written to {self.path}", said=str(error), fix="check the folder's permissions"
+            ) from error
         finally:
             beside.unlink(missing_ok=True)
 

@@ -28,15 +28,23 @@ def resolve(model_hf: nn.Module, path: str) -> nn.Module:
     prefix = getattr(model_hf, "base_model_prefix", "") or ""
     head, _, tail = path.partition(".")
     # `AutoModel` gives the base model alone; multimodal models keep the text model one level down.
-    for root, name in ((model_hf, path), (base, path), (base, tail if head == prefix else ""), (base, f"language_model.{tail if head == prefix else path}")):
+    for root, name in (
+        (model_hf, path),
+        (base, path),
+        (base, tail if head == prefix else ""),
+        (base, f"language_model.{tail if head == prefix else path}"),
+    ):
         if name:
             try:
                 return root.get_submodule(name)
             except AttributeError:
                 continue
     known = [name for name, _ in model_hf.named_modules() if name]
-    raise UsageError(f"the model has no module {path!r}{did_you_mean(path, known)}", why=f"it is a {type(model_hf).__name__} with {len(known)} modules",
-                     fix="list them with `for name, _ in model.named_modules()`")
+    raise UsageError(
+        f"the model has no module {path!r}{did_you_mean(path, known)}",
+        why=f"it is a {type(model_hf).__name__} with {len(known)} modules",
+        fix="list them with `for name, _ in model.named_modules()`",
+    )
 
 
 def _base(model_hf: nn.Module) -> nn.Module:
@@ -45,7 +53,7 @@ def _base(model_hf: nn.Module) -> nn.Module:
 
 
 def _first(value: Any) -> Tensor | None:
-    """The tensor in a module's inputs or output: itself, the first of a tuple (layers returned tuples before transformers 5), or a model output's first field."""
+    """The tensor in a module's output: itself, the first of a tuple (as layers returned before transformers 5), or a model output's first field."""
     if isinstance(value, Tensor):
         return value
     if isinstance(value, Mapping):
@@ -94,8 +102,11 @@ def read(model_hf: nn.Module, tokens_BT: Tensor, taps: Mapping[Key, Tap], *, sto
         if place not in waiting:
             return  # a module that runs twice: the first time counts
         if tensor is None:
-            raise StageFailed(f"no activation tensor at {taps[places[place][0]]}", why="the module's first input or output is not a tensor",
-                              fix="tap a module inside it")
+            raise StageFailed(
+                f"no activation tensor at {taps[places[place][0]]}",
+                why="the module's first input or output is not a tensor",
+                fix="tap a module inside it",
+            )
         with torch.inference_mode(False):  # an ordinary tensor, so that callers may use it with gradients
             copy = tensor.detach().clone()
         for key in places[place]:
@@ -109,7 +120,11 @@ def read(model_hf: nn.Module, tokens_BT: Tensor, taps: Mapping[Key, Tap], *, sto
         for place in places:
             module, io = place
             if io == "in":
-                handles.append(module.register_forward_pre_hook(lambda _m, args, kwargs, place=place: take(place, _input(args, kwargs)), with_kwargs=True))
+                handles.append(
+                    module.register_forward_pre_hook(
+                        lambda _m, args, kwargs, place=place: take(place, _input(args, kwargs)), with_kwargs=True
+                    )
+                )
             else:
                 handles.append(module.register_forward_hook(lambda _m, _args, output, place=place: take(place, _first(output))))
         base = _base(model_hf)
@@ -135,7 +150,11 @@ def logits(model_hf: nn.Module, tokens_BT: Tensor) -> Tensor:
         output = _forward(model_hf, tokens_BT.to(_device(model_hf)))
     scores = getattr(output, "logits", None)
     if scores is None:
-        raise UsageError(f"{type(model_hf).__name__} has no language-modelling head", why="its output holds no logits", fix="load a causal or masked language model")
+        raise UsageError(
+            f"{type(model_hf).__name__} has no language-modelling head",
+            why="its output holds no logits",
+            fix="load a causal or masked language model",
+        )
     return scores
 
 
@@ -159,7 +178,9 @@ def splice(model_hf: nn.Module, tokens_BT: Tensor, tap: Tap, fn: Callable[[Tenso
     def before(_module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         x_BTD = _input(args, kwargs)
         new_BTD = change(x_BTD)
-        return tuple(new_BTD if value is x_BTD else value for value in args), {name: new_BTD if value is x_BTD else value for name, value in kwargs.items()}
+        return tuple(new_BTD if value is x_BTD else value for value in args), {
+            name: new_BTD if value is x_BTD else value for name, value in kwargs.items()
+        }
 
     def after(_module: nn.Module, _args: tuple, output: Any) -> Any:
         x_BTD = _first(output)

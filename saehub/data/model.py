@@ -36,7 +36,17 @@ _KEYS = {
     "vocab": ("vocab_size",),
     "context": ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length"),
 }
-_CONTENT = ("config.json", "*.safetensors", "*.bin", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "*.model", "chat_template*")
+_CONTENT = (
+    "config.json",
+    "*.safetensors",
+    "*.bin",
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "*.model",
+    "chat_template*",
+)
 _TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "*.model", "chat_template*")
 _PLACES = "use builtin/tiny-llama, a local directory with config.json, or a Hugging Face id such as EleutherAI/pythia-70m"
 
@@ -57,7 +67,9 @@ def model_dir_or_id(spec: ModelSpec | str) -> Path | str:
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise UsageError(f"model {name!r}: the directory holds no config.json", fix="save the model there with save_pretrained, or " + _PLACES)
+            raise UsageError(
+                f"model {name!r}: the directory holds no config.json", fix="save the model there with save_pretrained, or " + _PLACES
+            )
         return path.resolve()
     if path.is_absolute() or name.startswith((".", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise UsageError(f"model {name!r}: no such directory", fix=_PLACES)
@@ -109,10 +121,18 @@ def read_shape(name: str, revision: str | None = None, declared: ModelShape | No
         return declared
     shape = shape_of(config, name)
     if declared is not None:
-        differ = [f"{f.name}: {getattr(declared, f.name)} declared, {getattr(shape, f.name)} in config.json" for f in fields(ModelShape)
-                  if getattr(declared, f.name) != getattr(shape, f.name) and f.name != "family"]
+        differ = [
+            f"{f.name}: {getattr(declared, f.name)} declared, {getattr(shape, f.name)} in config.json"
+            for f in fields(ModelShape)
+            if getattr(declared, f.name) != getattr(shape, f.name) and f.name != "family"
+        ]
         if differ:
-            raise UsageError(f"model.shape is not the shape of {name!r}", where="model.shape", why="; ".join(differ), fix="correct it, or leave model.shape out")
+            raise UsageError(
+                f"model.shape is not the shape of {name!r}",
+                where="model.shape",
+                why="; ".join(differ),
+                fix="correct it, or leave model.shape out",
+            )
     return shape
 
 
@@ -122,12 +142,18 @@ def shape_of(config: dict, name: str = "the model") -> ModelShape:
     found = {part: next((text[key] for key in keys if text.get(key) is not None), None) for part, keys in _KEYS.items()}
     if found["d_mlp"] is None and text.get("model_type") == "gpt2" and found["d_model"]:
         found["d_mlp"] = 4 * found["d_model"]
-    sparse = any(value is None for value in found.values()) or (text.get("head_dim") is None and text.get("model_type") in ("gemma", "gemma2", "gemma3_text", "qwen3"))
+    sparse = any(value is None for value in found.values()) or (
+        text.get("head_dim") is None and text.get("model_type") in ("gemma", "gemma2", "gemma3_text", "qwen3")
+    )
     if sparse and not config.get("_filled"):
         return shape_of(_with_defaults(config, name), name)
     missing = [part for part, value in found.items() if value is None and part not in ("d_mlp", "context")]
     if missing:
-        raise UsageError(f"the sizes of {name!r} cannot be read from its config.json", why=f"it states no {', '.join(missing)}", fix="declare them under model.shape")
+        raise UsageError(
+            f"the sizes of {name!r} cannot be read from its config.json",
+            why=f"it states no {', '.join(missing)}",
+            fix="declare them under model.shape",
+        )
     kind = text.get("model_type", "")
     family = _FAMILY_OF.get(kind, "other")
     if family == "gpt_neox" and not text.get("use_parallel_residual", True):
@@ -153,7 +179,9 @@ def _with_defaults(config: dict, name: str) -> dict:
         kind = config["model_type"]
         full = AutoConfig.for_model(**{key: value for key, value in config.items()}).to_dict()
     except Exception as error:
-        raise UsageError(f"the sizes of {name!r} cannot be read from its config.json", said=str(error), fix="declare them under model.shape") from error
+        raise UsageError(
+            f"the sizes of {name!r} cannot be read from its config.json", said=str(error), fix="declare them under model.shape"
+        ) from error
     return {**full, "model_type": kind, "_filled": True}
 
 
@@ -193,7 +221,11 @@ def resolve_device(device: str) -> str:
         return next(kind for kind in ("cuda", "mps", "cpu") if has[kind])
     kind = device.partition(":")[0]
     if not has.get(kind, False) or (kind == "cuda" and ":" in device and int(device.split(":")[1]) >= torch.cuda.device_count()):
-        raise UsageError(f"device {device!r} does not exist on this machine", where="model.device", fix=f"use auto, {', '.join(k for k in has if has[k])}")
+        raise UsageError(
+            f"device {device!r} does not exist on this machine",
+            where="model.device",
+            fix=f"use auto, {', '.join(k for k in has if has[k])}",
+        )
     return device
 
 
@@ -217,7 +249,12 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     except Exception as error:
         if isinstance(where, str) and local_files(where, spec.revision) is None:
             raise _not_here(where, spec.revision, str(error)) from error
-        raise FormatError(f"the tokenizer of {spec.name!r} cannot be loaded", where=str(where), said=str(error), fix="put its tokenizer.json beside config.json") from error
+        raise FormatError(
+            f"the tokenizer of {spec.name!r} cannot be loaded",
+            where=str(where),
+            said=str(error),
+            fix="put its tokenizer.json beside config.json",
+        ) from error
 
 
 @dataclass
@@ -243,18 +280,30 @@ class ModelHandle:
         config = _config(spec.name, spec.revision, fetch=True)
         kind = _auto_class(config)
         modern = tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= (4, 56)
-        settings = {"dtype" if modern else "torch_dtype": torch_dtype(spec.dtype), "attn_implementation": spec.attention, "revision": spec.revision}
+        settings = {
+            "dtype" if modern else "torch_dtype": torch_dtype(spec.dtype),
+            "attn_implementation": spec.attention,
+            "revision": spec.revision,
+        }
         logging = transformers.utils.logging
         bars = logging.is_progress_bar_enabled()
         logging.disable_progress_bar()
         try:
             hf = getattr(transformers, kind).from_pretrained(where, **settings)
         except Exception as error:
-            offline = isinstance(where, str) and not any(file for kind in ("safetensors", "bin") for file in local_files(where, spec.revision).glob(f"*.{kind}"))
+            offline = isinstance(where, str) and not any(
+                file for kind in ("safetensors", "bin") for file in local_files(where, spec.revision).glob(f"*.{kind}")
+            )
             if offline and isinstance(error, OSError):
                 raise _not_here(spec.name, spec.revision, str(error)) from error
-            raise StageFailed(f"model {spec.name!r} cannot be loaded", where=str(where), said=f"{type(error).__name__}: {error}",
-                              fix="set model.attention to eager" if "attention implementation" in str(error) else "check that the directory is whole, and model.dtype and model.attention") from error
+            raise StageFailed(
+                f"model {spec.name!r} cannot be loaded",
+                where=str(where),
+                said=f"{type(error).__name__}: {error}",
+                fix="set model.attention to eager"
+                if "attention implementation" in str(error)
+                else "check that the directory is whole, and model.dtype and model.attention",
+            ) from error
         finally:
             if bars:
                 logging.enable_progress_bar()
@@ -268,14 +317,20 @@ class ModelHandle:
             try:
                 from transformer_lens.model_bridge import TransformerBridge
             except ImportError as error:
-                raise MissingDependency("transformer_lens is not installed", fix="pip install 'transformer-lens>=3'", said=str(error)) from error
+                raise MissingDependency(
+                    "transformer_lens is not installed", fix="pip install 'transformer-lens>=3'", said=str(error)
+                ) from error
             import copy
 
             # The bridge rewires the module it is given, so it gets a copy of the structure whose parameters and buffers are the same tensors.
             shared = {id(tensor): tensor for group in (self.hf.parameters(), self.hf.buffers()) for tensor in group}
             twin = copy.deepcopy(self.hf, dict(shared))
             self._bridge = TransformerBridge.boot_transformers(
-                str(model_dir_or_id(self.spec)), hf_model=twin, tokenizer=self.tokenizer, device=self.device, dtype=torch_dtype(self.spec.dtype)
+                str(model_dir_or_id(self.spec)),
+                hf_model=twin,
+                tokenizer=self.tokenizer,
+                device=self.device,
+                dtype=torch_dtype(self.spec.dtype),
             )
         return self._bridge
 
@@ -311,4 +366,8 @@ def site_width(spec: ModelSpec, site: Site, shape: ModelShape) -> int:
         return weight.shape[1] if site.io == "in" else weight.shape[0]
     if weight is not None and weight.ndim == 2 and (isinstance(module, torch.nn.Embedding) or type(module).__name__ == "Conv1D"):
         return weight.shape[0] if site.io == "in" and not isinstance(module, torch.nn.Embedding) else weight.shape[1]
-    raise UsageError(f"the width at {site} cannot be read before the model runs", why=f"it is a {type(module).__name__}", fix="name a linear layer or norm beside it")
+    raise UsageError(
+        f"the width at {site} cannot be read before the model runs",
+        why=f"it is a {type(module).__name__}",
+        fix="name a linear layer or norm beside it",
+    )

@@ -59,7 +59,12 @@ def excluded_ids(policy: TokenPolicy, tokenizer: PreTrainedTokenizerBase) -> lis
     for item in policy.exclude:
         if isinstance(item, int):
             if not 0 <= item < size:
-                raise UsageError(f"exclude: token id {item} is outside the vocabulary", why=f"it has {size} tokens", where="data.train.exclude", fix="correct the id")
+                raise UsageError(
+                    f"exclude: token id {item} is outside the vocabulary",
+                    why=f"it has {size} tokens",
+                    where="data.train.exclude",
+                    fix="correct the id",
+                )
             ids.add(item)
         elif item in _SPECIAL:
             found = bos_id(tokenizer) if item == "bos" else eos_id(tokenizer) if item == "eos" else getattr(tokenizer, f"{item}_token_id")
@@ -67,7 +72,11 @@ def excluded_ids(policy: TokenPolicy, tokenizer: PreTrainedTokenizerBase) -> lis
         else:
             found = tokenizer.get_vocab().get(item)
             if found is None:
-                raise UsageError(f"exclude: the tokenizer has no token {item!r}", where="data.train.exclude", fix=f"use {', '.join(_SPECIAL)}, a token's exact text, or an id")
+                raise UsageError(
+                    f"exclude: the tokenizer has no token {item!r}",
+                    where="data.train.exclude",
+                    fix=f"use {', '.join(_SPECIAL)}, a token's exact text, or an id",
+                )
             ids.add(found)
     return sorted(ids)
 
@@ -79,13 +88,22 @@ def check_policy(policy: TokenPolicy, tokenizer: PreTrainedTokenizerBase, limit:
     if policy.context < (2 if policy.bos == "sequence" else 1):
         raise UsageError(f"context: {policy.context} leaves no room for text", where="data.train.context", fix="use at least 2")
     if limit is not None and policy.context > limit:
-        raise UsageError(f"context: {policy.context} is longer than the model allows", why=f"it accepts {limit} positions", where="data.train.context", fix=f"use at most {limit}")
+        raise UsageError(
+            f"context: {policy.context} is longer than the model allows",
+            why=f"it accepts {limit} positions",
+            where="data.train.context",
+            fix=f"use at most {limit}",
+        )
     if policy.bos != "none" and bos_id(tokenizer) is None:
         raise UsageError(f"bos: {policy.bos}, but the tokenizer has no BOS token", where="data.train.bos", fix="write `bos: none`")
     if policy.template not in (None, "chat"):
         raise UsageError(f"template: {policy.template!r} is not known", where="data.train.template", fix="use chat, or leave it out")
     if policy.template == "chat" and not tokenizer.chat_template:
-        raise UsageError("template: chat, but the tokenizer has no chat template", where="data.train.template", fix="use an instruct model's tokenizer, or leave template out")
+        raise UsageError(
+            "template: chat, but the tokenizer has no chat template",
+            where="data.train.template",
+            fix="use an instruct model's tokenizer, or leave template out",
+        )
 
 
 class Packer:
@@ -94,7 +112,15 @@ class Packer:
     Documents are mixed in a window of about `window` characters, seeded, so that files sorted by name do not train in that order.
     """
 
-    def __init__(self, entry: SourceEntry, tokenizer: PreTrainedTokenizerBase, policy: TokenPolicy, seed: int, window: int, tick: Callable[[], None] = lambda: None):
+    def __init__(
+        self,
+        entry: SourceEntry,
+        tokenizer: PreTrainedTokenizerBase,
+        policy: TokenPolicy,
+        seed: int,
+        window: int,
+        tick: Callable[[], None] = lambda: None,
+    ):
         self.entry, self.tokenizer, self.policy, self.seed, self.window = entry, tokenizer, policy, seed, window
         self.tick = tick
         """Called now and then while documents are read, so that reading can be watched and stopped."""
@@ -155,8 +181,12 @@ class Packer:
                 else:
                     yield ids if chat or eos is None else [*ids, eos]
         if not any_token:
-            raise StageFailed(f"source {self.entry.source!r} gives no tokens" + (f" in pass {number + 1}" if number else ""), where="data",
-                              why="every document is reserved for calibration" if number else None, fix="give more text, or lower extract.calibration")
+            raise StageFailed(
+                f"source {self.entry.source!r} gives no tokens" + (f" in pass {number + 1}" if number else ""),
+                where="data",
+                why="every document is reserved for calibration" if number else None,
+                fix="give more text, or lower extract.calibration",
+            )
 
     def _shuffled(self, documents: Iterator[tuple[int, Document]], number: int) -> Iterator[tuple[int, Document]]:
         """A window shuffle: each step gives out a random document of the window and takes in the next of the source."""
@@ -180,14 +210,22 @@ class Packer:
     def _render(self, document: Document) -> str:
         if self.policy.template != "chat":
             if not document.text:
-                raise UsageError(f"source {self.entry.source!r} holds conversations, not text", where="data.train.template", fix="write `template: chat`, or set `field:`")
+                raise UsageError(
+                    f"source {self.entry.source!r} holds conversations, not text",
+                    where="data.train.template",
+                    fix="write `template: chat`, or set `field:`",
+                )
             return document.text
         messages = list(document.messages) or [{"role": "user", "content": document.text}]
         try:
             return self.tokenizer.apply_chat_template(messages, tokenize=False)
         except Exception as error:  # templates raise what they like, for instance about the order of roles
-            raise StageFailed(f"the chat template refuses a conversation of {self.entry.source!r}", why=f"it begins with {str(messages[0])[:100]}", said=str(error),
-                              fix="correct the roles of its messages") from error
+            raise StageFailed(
+                f"the chat template refuses a conversation of {self.entry.source!r}",
+                why=f"it begins with {str(messages[0])[:100]}",
+                said=str(error),
+                fix="correct the roles of its messages",
+            ) from error
 
 
 def _take(held: list, draw: Callable[[], float]):

@@ -39,7 +39,10 @@ class Document:
 def is_local(source: str) -> bool:
     """Whether a source names files: it exists, or is written like a path."""
     return not source.startswith("builtin/") and (
-        Path(source).expanduser().exists() or source.startswith((".", "~", "/")) or source.endswith(SUFFIXES) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source)
+        Path(source).expanduser().exists()
+        or source.startswith((".", "~", "/"))
+        or source.endswith(SUFFIXES)
+        or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source)
     )
 
 
@@ -50,13 +53,18 @@ def check_source(entry: SourceEntry) -> None:
 
         names = [f"builtin/{name}" for name in builtin.SOURCES]
         if entry.source not in names:
-            raise UsageError(f"source {entry.source!r} does not exist{did_you_mean(entry.source, names)}", fix=f"embedded sources: {', '.join(names)}")
+            raise UsageError(
+                f"source {entry.source!r} does not exist{did_you_mean(entry.source, names)}", fix=f"embedded sources: {', '.join(names)}"
+            )
     elif is_local(entry.source):
         _files(entry.source)
     else:
         return
     if entry.split not in ("train", "heldout", "all"):
-        raise UsageError(f"split {entry.split!r} of {entry.source!r} does not exist{did_you_mean(entry.split, ('train', 'heldout'))}", fix="use train, heldout or all")
+        raise UsageError(
+            f"split {entry.split!r} of {entry.source!r} does not exist{did_you_mean(entry.split, ('train', 'heldout'))}",
+            fix="use train, heldout or all",
+        )
 
 
 def open_source(entry: SourceEntry) -> Iterator[Document]:
@@ -71,8 +79,11 @@ def open_source(entry: SourceEntry) -> Iterator[Document]:
         any_document = True
         yield document
     if not any_document:
-        raise StageFailed(f"source {entry.source!r} has no documents in split {entry.split!r}", where="data",
-                          fix="use another split (`all` takes everything), or give more text")
+        raise StageFailed(
+            f"source {entry.source!r} has no documents in split {entry.split!r}",
+            where="data",
+            fix="use another split (`all` takes everything), or give more text",
+        )
 
 
 def _documents(entry: SourceEntry) -> Iterator[Document]:
@@ -84,7 +95,9 @@ def _documents(entry: SourceEntry) -> Iterator[Document]:
                 for document in text.documents(entry.source, split):
                     yield Document(document.text)
         except FileNotFoundError as error:
-            raise StageFailed(f"source {entry.source!r} cannot be read", why=str(error), fix="use a local text file as the source") from error
+            raise StageFailed(
+                f"source {entry.source!r} cannot be read", why=str(error), fix="use a local text file as the source"
+            ) from error
     elif is_local(entry.source):
         for path in _files(entry.source):
             yield from {".txt": _text, ".jsonl": _jsonl, ".parquet": _parquet}[path.suffix](path, entry.field)
@@ -109,7 +122,9 @@ def _files(source: str) -> list[Path]:
     path = Path(source).expanduser()
     if path.is_file():
         if path.suffix not in SUFFIXES:
-            raise UsageError(f"source {source!r} is a {path.suffix or 'suffixless'} file", fix="give a " + ", ".join(SUFFIXES) + " file, or rename it")
+            raise UsageError(
+                f"source {source!r} is a {path.suffix or 'suffixless'} file", fix="give a " + ", ".join(SUFFIXES) + " file, or rename it"
+            )
         return [path]
     if path.is_dir():
         found = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file() and not file.name.startswith("."))
@@ -136,7 +151,9 @@ def _text(path: Path, field_name: str) -> Iterator[Document]:
                 lines.append(line)
                 length += len(line)
     except (UnicodeDecodeError, OSError) as error:
-        raise FormatError(f"{path} cannot be read as UTF-8 text", why=str(error), fix=f"convert it, for instance `iconv -t UTF-8 {path.name}`") from error
+        raise FormatError(
+            f"{path} cannot be read as UTF-8 text", why=str(error), fix=f"convert it, for instance `iconv -t UTF-8 {path.name}`"
+        ) from error
     yield Document("".join(lines))
 
 
@@ -151,7 +168,9 @@ def _jsonl(path: Path, field_name: str) -> Iterator[Document]:
                 except ValueError as error:
                     raise FormatError(f"{path}:{number} is not JSON", why=str(error), fix="put one JSON object on each line") from None
                 if not isinstance(row, dict):
-                    raise FormatError(f"{path}:{number} is not a JSON object", why=f"it is a {type(row).__name__}", fix='write {"text": "…"} on each line')
+                    raise FormatError(
+                        f"{path}:{number} is not a JSON object", why=f"it is a {type(row).__name__}", fix='write {"text": "…"} on each line'
+                    )
                 yield _from_row(row, field_name, f"{path}:{number}")
     except (UnicodeDecodeError, OSError) as error:
         raise FormatError(f"{path} cannot be read as UTF-8 text", why=str(error), fix="convert it to UTF-8") from error
@@ -169,7 +188,12 @@ def _parquet(path: Path, field_name: str) -> Iterator[Document]:
                 number += 1
                 yield _from_row(row, field_name, f"{path}, row {number}")
     except (pyarrow.ArrowException, OSError) as error:
-        raise FormatError(f"{path} cannot be read as Parquet", where=f"after row {number}", said=str(error), fix="write it again, or leave it out of the folder") from error
+        raise FormatError(
+            f"{path} cannot be read as Parquet",
+            where=f"after row {number}",
+            said=str(error),
+            fix="write it again, or leave it out of the folder",
+        ) from error
 
 
 def _hub(entry: SourceEntry) -> Iterator[Document]:
@@ -184,11 +208,16 @@ def _hub(entry: SourceEntry) -> Iterator[Document]:
     except (UsageError, FormatError):
         raise
     except ValueError as error:  # an unknown split or configuration; datasets' words list the ones that exist
-        raise UsageError(f"{where} cannot be opened", said=str(error), fix="set `split:` or `config:` of the source to one of those named above") from error
+        raise UsageError(
+            f"{where} cannot be opened", said=str(error), fix="set `split:` or `config:` of the source to one of those named above"
+        ) from error
     except Exception as error:  # datasets and the hub client have a dozen ways to say "no"
-        raise StageFailed(f"{where} cannot be read", why="the hub is unreachable or switched off (HF_HUB_OFFLINE), or the dataset does not exist or is gated",
-                          fix=f"where the hub is reachable: `hf auth login`, then `hf download --repo-type dataset {entry.source}`; or use a local .jsonl or .parquet file",
-                          said=f"{type(error).__name__}: {error}") from error
+        raise StageFailed(
+            f"{where} cannot be read",
+            why="the hub is unreachable or switched off (HF_HUB_OFFLINE), or the dataset does not exist or is gated",
+            fix=f"where the hub is reachable: `hf auth login`, then `hf download --repo-type dataset {entry.source}`; or use a local .jsonl or .parquet file",
+            said=f"{type(error).__name__}: {error}",
+        ) from error
 
 
 _CHAT_FIELDS = ("messages", "conversations", "conversation")
@@ -202,12 +231,19 @@ def _from_row(row: dict, field_name: str, where: str) -> Document:
         messages = tuple(_message(turn, where) for turn in conversation)
         return Document(value if isinstance(value, str) else "", messages)
     if field_name not in row:
-        raise UsageError(f"{where} has no field {field_name!r}{did_you_mean(field_name, row)}", why=f"its fields: {', '.join(map(str, row)) or 'none'}",
-                         fix="set `field:` of the source to the one that holds the text")
+        raise UsageError(
+            f"{where} has no field {field_name!r}{did_you_mean(field_name, row)}",
+            why=f"its fields: {', '.join(map(str, row)) or 'none'}",
+            fix="set `field:` of the source to the one that holds the text",
+        )
     if value is None:
         return Document()
     if not isinstance(value, str):
-        raise UsageError(f"{where}: field {field_name!r} is not text", why=f"it is a {type(value).__name__}", fix="set `field:` of the source to the one that holds the text")
+        raise UsageError(
+            f"{where}: field {field_name!r} is not text",
+            why=f"it is a {type(value).__name__}",
+            fix="set `field:` of the source to the one that holds the text",
+        )
     return Document(value)
 
 
@@ -216,4 +252,6 @@ def _message(turn: Any, where: str) -> dict:
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
         if isinstance(role, str) and isinstance(content, str):
             return {"role": _ROLES.get(role, role), "content": content}
-    raise FormatError(f"{where}: a message without role and content", why=f"it is {str(turn)[:80]!r}", fix='write {"role": "user", "content": "…"}')
+    raise FormatError(
+        f"{where}: a message without role and content", why=f"it is {str(turn)[:80]!r}", fix='write {"role": "user", "content": "…"}'
+    )

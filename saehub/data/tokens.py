@@ -68,7 +68,9 @@ def build(
     weights = [weight / total for _, weight in sources]
     window = min(max((rows + calibration) * 32, 1 << 20), 32 << 20)  # characters; a small set of rows needs no large window
     state = {"progress": 0.0, "text": "reading text"}
-    packers = [Packer(entry, tokenizer, policy, _seed(seed, s, entry), window, lambda: emit(dict(state))) for s, (entry, _) in enumerate(sources)]
+    packers = [
+        Packer(entry, tokenizer, policy, _seed(seed, s, entry), window, lambda: emit(dict(state))) for s, (entry, _) in enumerate(sources)
+    ]
     writer = _Writer(out_dir, policy.context)
 
     def draw(wanted: int, what: str) -> tuple[int, int]:
@@ -104,8 +106,14 @@ def build(
     if training_rows == 0:
         raise _too_few(sources, 0, rows, calibration, "training", 0, writer.sequences)
     shards = writer.finish()
-    vocabulary = {"hash": tokenizer_hash(tokenizer_source), "name": tokenizer_source.name, "size": len(tokenizer), "bos": bos_id(tokenizer),
-                  "eos": eos_id(tokenizer), "pad": tokenizer.pad_token_id}
+    vocabulary = {
+        "hash": tokenizer_hash(tokenizer_source),
+        "name": tokenizer_source.name,
+        "size": len(tokenizer),
+        "bos": bos_id(tokenizer),
+        "eos": eos_id(tokenizer),
+        "pad": tokenizer.pad_token_id,
+    }
     manifest = {
         "format": FORMAT, "kind": "tokens", **asdict(policy), "exclude_ids": excluded.tolist(), "seed": seed, "repeat": repeat,
         "requested": {"rows": rows, "calibration": calibration},
@@ -120,7 +128,9 @@ def build(
     if any(entry.source.startswith("builtin/") for entry, _ in sources):
         manifest["python"] = platform.python_version()
     # What a trainer sees: the ids, in their order, with the same rows left out. Not how they were named or stored.
-    manifest["hash"] = hash_json({key: manifest[key] for key in ("n_sequences", "calibration_sequences", "context", "exclude_ids", "seed")} | {"ids": writer.digest})
+    manifest["hash"] = hash_json(
+        {key: manifest[key] for key in ("n_sequences", "calibration_sequences", "context", "exclude_ids", "seed")} | {"ids": writer.digest}
+    )
     write_json_atomic(out_dir / "manifest.json", manifest)
     return TokenDataset.open(out_dir)
 
@@ -131,20 +141,36 @@ def _seed(seed: int, index: int, entry: SourceEntry) -> int:
 
 
 def _about(entry: SourceEntry, weight: float, packer: Packer, counts: list[int]) -> dict:
-    return {"source": entry.source, "split": entry.split, "field": entry.field, "config": entry.config, "revision": entry.revision,
-            "weight": weight, "tokens": packer.tokens, "documents": packer.documents, "passes": packer.passes}
+    return {
+        "source": entry.source,
+        "split": entry.split,
+        "field": entry.field,
+        "config": entry.config,
+        "revision": entry.revision,
+        "weight": weight,
+        "tokens": packer.tokens,
+        "documents": packer.documents,
+        "passes": packer.passes,
+    }
 
 
 def _too_few(sources: Sequence, s: int, rows: int, calibration: int, what: str, got: int, sequences: int) -> StageFailed:
     name = sources[s][0].source
     mixed = f" at these weights ({name!r} ended first)" if len(sources) > 1 else ""
     if what == "calibration":
-        return StageFailed(f"source {name!r} has too little text for {calibration:,} calibration rows", where="extract.calibration",
-                           why=f"it gives {got:,} rows in all{mixed}", fix="lower extract.calibration, or give more text")
+        return StageFailed(
+            f"source {name!r} has too little text for {calibration:,} calibration rows",
+            where="extract.calibration",
+            why=f"it gives {got:,} rows in all{mixed}",
+            fix="lower extract.calibration, or give more text",
+        )
     return StageFailed(
-        f"the text ran out: {got:,} training rows are available{mixed}, {rows:,} were asked for", where="data.train.tokens",
+        f"the text ran out: {got:,} training rows are available{mixed}, {rows:,} were asked for",
+        where="data.train.tokens",
         why=f"{sequences:,} sequences were packed, {calibration:,} rows of them for calibration",
-        fix=f"set data.train.tokens to at most {got}, write `repeat: true`, or give more text" if got else "give more text, or lower extract.calibration",
+        fix=f"set data.train.tokens to at most {got}, write `repeat: true`, or give more text"
+        if got
+        else "give more text, or lower extract.calibration",
     )
 
 
@@ -192,7 +218,10 @@ class _Writer:
             save_file(arrays, self.dir / name)
         except Exception as error:
             if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-                raise StageFailed(f"the disk is full: {self.dir / name} could not be written", fix="free some space, or set SAEHUB_HOME to another disk, and run again") from error
+                raise StageFailed(
+                    f"the disk is full: {self.dir / name} could not be written",
+                    fix="free some space, or set SAEHUB_HOME to another disk, and run again",
+                ) from error
             raise
 
     def finish(self) -> list[dict]:
@@ -225,7 +254,10 @@ class TokenDataset:
         path = Path(path)
         manifest = read_json(path / "manifest.json")
         if manifest.get("kind") != "tokens" or manifest.get("format") != FORMAT:
-            raise FormatError(f"{path} is not a token dataset of format {FORMAT}", why=f"its manifest says {manifest.get('kind')!r}, {manifest.get('format')!r}")
+            raise FormatError(
+                f"{path} is not a token dataset of format {FORMAT}",
+                why=f"its manifest says {manifest.get('kind')!r}, {manifest.get('format')!r}",
+            )
         return cls(path, manifest)
 
     @cached_property
@@ -244,8 +276,11 @@ class TokenDataset:
     def _check(self, shard: dict) -> None:
         file = self.path / shard["file"]
         if not file.is_file() or sha256_file(file) != shard["sha256"]:
-            raise FormatError(f"{file} is {'damaged' if file.is_file() else 'missing'}", why="its SHA-256 is not the one in manifest.json" if file.is_file() else None,
-                              fix=f"delete {self.path} and run again: the tokens are built anew")
+            raise FormatError(
+                f"{file} is {'damaged' if file.is_file() else 'missing'}",
+                why="its SHA-256 is not the one in manifest.json" if file.is_file() else None,
+                fix=f"delete {self.path} and run again: the tokens are built anew",
+            )
 
     def _shard(self, number: int) -> np.ndarray:
         """int32 [sequences, context], mapped from disk; its hash is checked the first time."""

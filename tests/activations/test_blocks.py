@@ -42,7 +42,9 @@ class Session:
 
 def stream(session=None, **more):
     session = session or Session()
-    return BlockStream(session, **({"sites": [A, B], "seed": 3, "batches_per_block": 3, "dtype": "float32", "rows": 50, "calibration_batches": 2} | more))
+    return BlockStream(
+        session, **({"sites": [A, B], "seed": 3, "batches_per_block": 3, "dtype": "float32", "rows": 50, "calibration_batches": 2} | more)
+    )
 
 
 def batches_of(block):
@@ -54,7 +56,10 @@ def test_a_block_holds_the_kept_rows_of_its_batches_shuffled_together():
     session = Session()
     total = int(session.keep[2:].sum())
     blocks = stream(session, rows=total)
-    assert blocks.n_blocks == 3 and [blocks.first_row(b) for b in range(4)] == [0, *np.cumsum([session.keep[i : i + 3].sum() for i in (2, 5, 8)])]
+    assert blocks.n_blocks == 3 and [blocks.first_row(b) for b in range(4)] == [
+        0,
+        *np.cumsum([session.keep[i : i + 3].sum() for i in (2, 5, 8)]),
+    ]
     assert session.calls == []  # counting needs no model
     for b in range(3):
         block = blocks.block(b)
@@ -77,7 +82,9 @@ def test_blocks_are_pure():
         assert one.hash == two.hash and one.first_row == two.first_row
         assert all(torch.equal(one.acts[site], two.acts[site]) for site in (A, B))
     assert stream(seed=4).block(0).hash != forward[0].hash
-    assert stream().hash == other.hash and len({stream().hash, stream(seed=4).hash, stream(rows=49).hash, stream(dtype="bfloat16").hash}) == 4
+    assert (
+        stream().hash == other.hash and len({stream().hash, stream(seed=4).hash, stream(rows=49).hash, stream(dtype="bfloat16").hash}) == 4
+    )
     assert other.hashes == {0: forward[0].hash, 1: forward[1].hash}
 
 
@@ -157,11 +164,20 @@ def test_scales_bring_the_mean_norm_where_it_should_be():
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("value, dtype, words", [(float("nan"), "float32", "model itself"), (float("inf"), "bfloat16", "model itself"), (1e6, "float16", "overflow")])
+@pytest.mark.parametrize(
+    "value, dtype, words",
+    [(float("nan"), "float32", "model itself"), (float("inf"), "bfloat16", "model itself"), (1e6, "float16", "overflow")],
+)
 def test_values_that_are_not_finite_stop_the_stage(value, dtype, words):
     with pytest.raises(StageFailed) as caught:
         stream(Session(poison=(3, value)), dtype=dtype).block(0)
-    assert B in str(caught.value) and "1 of" in str(caught.value) and "batch 3" in str(caught.value) and words in str(caught.value) and caught.value.fix
+    assert (
+        B in str(caught.value)
+        and "1 of" in str(caught.value)
+        and "batch 3" in str(caught.value)
+        and words in str(caught.value)
+        and caught.value.fix
+    )
     assert stream(Session(poison=(3, 5.0))).block(0).acts[B].isfinite().all()  # what stands on excluded rows does not matter
 
 

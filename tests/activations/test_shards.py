@@ -27,7 +27,9 @@ def test_what_is_read_is_what_was_written(tmp_path, dtype, ids):
     store.write(4, wrote)
     read = ShardStore(tmp_path / "s").read(4)
     assert store.complete(4) and list(tmp_path.glob("s/.*")) == []
-    assert read.acts.keys() == wrote.acts.keys() and all(read.acts[s].dtype == dtype and torch.equal(read.acts[s], wrote.acts[s]) for s in wrote.acts)
+    assert read.acts.keys() == wrote.acts.keys() and all(
+        read.acts[s].dtype == dtype and torch.equal(read.acts[s], wrote.acts[s]) for s in wrote.acts
+    )
     for name in ("token_ids_N", "positions_N", "sequences_N"):
         one, two = getattr(read, name), getattr(wrote, name)
         assert (one is None and two is None) or torch.equal(one, two)
@@ -89,7 +91,9 @@ def test_batches_do_not_depend_on_how_the_rows_arrive(batch):
         for i, j in zip(cuts, cuts[1:], strict=False):
             got += list(batcher.feed({name: x_ND[i:j] for name, x_ND in x.items()}))
         n = 300 // batch
-        assert len(got) == n and all(torch.equal(b["a"], x["a"][k * batch : (k + 1) * batch]) and torch.equal(b["b"], 2 * b["a"]) for k, b in enumerate(got))
+        assert len(got) == n and all(
+            torch.equal(b["a"], x["a"][k * batch : (k + 1) * batch]) and torch.equal(b["b"], 2 * b["a"]) for k, b in enumerate(got)
+        )
         assert batcher.carried == 300 % batch
         if batcher.carried:
             assert torch.equal(batcher.carry["b"], x["b"][n * batch :])

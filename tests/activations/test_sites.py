@@ -27,15 +27,43 @@ def test_canonical_strings_round_trip(text):
         (LLAMA, "resid_post.2", "blocks.2.hook_resid_post", "model.layers.2:out", "layers.2", "model.layers[2].output"),
         (LLAMA, "resid_pre.0", "blocks.0.hook_resid_pre", "model.layers.0:in", None, "model.layers[0].input"),
         (LLAMA, "resid_pre.3", "blocks.3.hook_resid_pre", "model.layers.3:in", "layers.2", "model.layers[3].input"),
-        (LLAMA, "resid_mid.2", "blocks.2.hook_resid_mid", "model.layers.2.post_attention_layernorm:in", None, "model.layers[2].post_attention_layernorm.input"),
+        (
+            LLAMA,
+            "resid_mid.2",
+            "blocks.2.hook_resid_mid",
+            "model.layers.2.post_attention_layernorm:in",
+            None,
+            "model.layers[2].post_attention_layernorm.input",
+        ),
         (LLAMA, "attn_z.1", "blocks.1.attn.hook_z", "model.layers.1.self_attn.o_proj:in", None, "model.layers[1].self_attn.o_proj.input"),
         (LLAMA, "mlp_out.1", "blocks.1.hook_mlp_out", "model.layers.1.mlp:out", "layers.1.mlp", "model.layers[1].mlp.output"),
-        (LLAMA, "mlp_in.1", "blocks.1.mlp.hook_in", "model.layers.1.mlp:in", "layers.1.post_attention_layernorm", "model.layers[1].mlp.input"),
+        (
+            LLAMA,
+            "mlp_in.1",
+            "blocks.1.mlp.hook_in",
+            "model.layers.1.mlp:in",
+            "layers.1.post_attention_layernorm",
+            "model.layers[1].mlp.input",
+        ),
         (LLAMA, "embed", "hook_embed", "model.embed_tokens:out", "embed_tokens", "model.embed_tokens.output"),
-        (GEMMA2, "mlp_out.1", "blocks.1.hook_mlp_out", "model.layers.1.post_feedforward_layernorm:out", "layers.1.post_feedforward_layernorm", None),
+        (
+            GEMMA2,
+            "mlp_out.1",
+            "blocks.1.hook_mlp_out",
+            "model.layers.1.post_feedforward_layernorm:out",
+            "layers.1.post_feedforward_layernorm",
+            None,
+        ),
         (GPT2, "resid_post.2", "blocks.2.hook_resid_post", "transformer.h.2:out", "h.2", "transformer.h[2].output"),
         (GPT2, "mlp_act.2", "blocks.2.mlp.hook_post", "transformer.h.2.mlp.c_proj:in", None, "transformer.h[2].mlp.c_proj.input"),
-        (PYTHIA, "attn_out.4", "blocks.4.hook_attn_out", "gpt_neox.layers.4.attention:out", "layers.4.attention", "gpt_neox.layers[4].attention.output"),
+        (
+            PYTHIA,
+            "attn_out.4",
+            "blocks.4.hook_attn_out",
+            "gpt_neox.layers.4.attention:out",
+            "layers.4.attention",
+            "gpt_neox.layers[4].attention.output",
+        ),
     ],
 )
 def test_names_in_the_libraries_and_back(shape, site, lens, hf, sparsify, nnsight):
@@ -62,10 +90,19 @@ def test_every_site_of_every_family_survives_every_naming(family):
 
 @pytest.mark.quick
 def test_other_spellings():
-    for name in ("model.layers.6", "layers.6", "model.layers[6].output", "model.layers[6].output[0]", "model.layers.6:out", "blocks.6.hook_out"):
+    for name in (
+        "model.layers.6",
+        "layers.6",
+        "model.layers[6].output",
+        "model.layers[6].output[0]",
+        "model.layers.6:out",
+        "blocks.6.hook_out",
+    ):
         assert str(Site.from_foreign(name, replace(LLAMA, n_layers=8))) == "resid_post.6"
     assert str(Site.from_foreign("layers.2.self_attn.q_proj", LLAMA)) == "model.layers.2.self_attn.q_proj:out"
-    assert str(Site.from_foreign("layers.2.mlp", GEMMA2)) == "model.layers.2.mlp:out"  # before Gemma's extra norm: not what is added to the stream
+    assert (
+        str(Site.from_foreign("layers.2.mlp", GEMMA2)) == "model.layers.2.mlp:out"
+    )  # before Gemma's extra norm: not what is added to the stream
     assert Site.parse("resid_mid.1").tap(LLAMA) == Tap("model.layers.1.post_attention_layernorm", "in", shared=True)
     assert Site.parse("encoder.blocks.1:out").tap(replace(LLAMA, family="other")) == Tap("encoder.blocks.1", "out")
 

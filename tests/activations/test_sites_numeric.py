@@ -8,7 +8,21 @@ from saehub.activations import taps
 from saehub.data.model import shape_of
 from saehub.sites import FAMILIES, Site, Tap
 
-KINDS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "smollm3", "gemma2", "gemma3", "gpt2", "gpt_neox", "gpt_neox_sequential", "bert", "roberta")
+KINDS = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "smollm3",
+    "gemma2",
+    "gemma3",
+    "gpt2",
+    "gpt_neox",
+    "gpt_neox_sequential",
+    "bert",
+    "roberta",
+)
 L = 1
 
 
@@ -22,10 +36,14 @@ def plain_hooks(model, wanted, tokens_BT):
 
     for path, io in wanted:
         if io == "out":
-            handles.append(modules[path].register_forward_hook(lambda m, a, out, key=(path, io): found.__setitem__(key, first(out).clone())))
+            handles.append(
+                modules[path].register_forward_hook(lambda m, a, out, key=(path, io): found.__setitem__(key, first(out).clone()))
+            )
         else:
+
             def before(m, args, kwargs, key=(path, io)):
                 found[key] = (args[0] if args else kwargs["hidden_states"]).clone()
+
             handles.append(modules[path].register_forward_pre_hook(before, with_kwargs=True))
     with torch.no_grad():
         model(input_ids=tokens_BT)
@@ -36,7 +54,9 @@ def plain_hooks(model, wanted, tokens_BT):
 
 def all_sites(shape):
     names = FAMILIES[shape.family][1]
-    return [Site(kind, None if kind == "embed" else layer) for kind in names for layer in ((0,) if kind == "embed" else range(shape.n_layers))]
+    return [
+        Site(kind, None if kind == "embed" else layer) for kind in names for layer in ((0,) if kind == "embed" else range(shape.n_layers))
+    ]
 
 
 @pytest.mark.quick
@@ -86,7 +106,9 @@ def test_sites_mean_what_the_table_says(models, kind, tokens_BT):
             norm = block.pre_feedforward_layernorm if shape.family == "gemma2" else block.post_attention_layernorm
             torch.testing.assert_close(x["attn_out"], after_attn(block.self_attn.o_proj(x["attn_z"])), **close)
             torch.testing.assert_close(x["mlp_in"], norm(x["resid_mid"]), **close)
-            torch.testing.assert_close(x["mlp_act"], block.mlp.act_fn(block.mlp.gate_proj(x["mlp_in"])) * block.mlp.up_proj(x["mlp_in"]), **close)
+            torch.testing.assert_close(
+                x["mlp_act"], block.mlp.act_fn(block.mlp.gate_proj(x["mlp_in"])) * block.mlp.up_proj(x["mlp_in"]), **close
+            )
             torch.testing.assert_close(x["mlp_out"], after_mlp(block.mlp.down_proj(x["mlp_act"])), **close)
         elif shape.family == "gpt2":
             torch.testing.assert_close(x["attn_out"], block.attn.c_proj(x["attn_z"]), **close)
@@ -125,7 +147,9 @@ def test_identity_splice_leaves_the_logits_alone(models, kind, tokens_BT):
     for site in all_sites(shape):
         assert torch.equal(taps.splice(model, tokens_BT, site.tap(shape), lambda x: x), want), site
         if site.layer == L:
-            changed = taps.splice(model, tokens_BT, site.tap(shape), lambda x: x + torch.randn(x.shape[-1], generator=torch.Generator().manual_seed(0)))
+            changed = taps.splice(
+                model, tokens_BT, site.tap(shape), lambda x: x + torch.randn(x.shape[-1], generator=torch.Generator().manual_seed(0))
+            )
             assert not torch.allclose(changed, want, atol=1e-4), site
 
 

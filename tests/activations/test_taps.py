@@ -14,7 +14,10 @@ from saehub.sites import Site, Tap
 
 def count_calls(model):
     calls = {}
-    handles = [module.register_forward_pre_hook(lambda m, a, name=name: calls.__setitem__(name, calls.get(name, 0) + 1)) for name, module in model.named_modules()]
+    handles = [
+        module.register_forward_pre_hook(lambda m, a, name=name: calls.__setitem__(name, calls.get(name, 0) + 1))
+        for name, module in model.named_modules()
+    ]
     return calls, handles
 
 
@@ -40,7 +43,9 @@ def test_one_pass_serves_all_sites_and_stops_after_the_deepest(models, kind, tok
     taps.read(model, tokens_BT, wanted, stop=False)
     for handle in handles:
         handle.remove()
-    assert calls[blocks[2]] == 1 and not any(name.startswith(heads[kind]) for name in calls)  # to the end of the base model, never the logits
+    assert calls[blocks[2]] == 1 and not any(
+        name.startswith(heads[kind]) for name in calls
+    )  # to the end of the base model, never the logits
 
 
 @pytest.mark.quick
@@ -52,7 +57,12 @@ def test_no_cache_no_gradients_and_ordinary_tensors(models, kind, tokens_BT):
     block = taps.resolve(model, Site("resid_post", 0).tap(shape).module)
 
     def look(module, args, kwargs):
-        seen.append((torch.is_inference_mode_enabled(), [value for name, value in kwargs.items() if "past" in name] + [a for a in args if "Cache" in type(a).__name__]))
+        seen.append(
+            (
+                torch.is_inference_mode_enabled(),
+                [value for name, value in kwargs.items() if "past" in name] + [a for a in args if "Cache" in type(a).__name__],
+            )
+        )
 
     handle = block.register_forward_pre_hook(look, with_kwargs=True)
     x = taps.read(model, tokens_BT, {0: Site("resid_post", 1).tap(shape)})[0]

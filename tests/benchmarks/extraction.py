@@ -18,11 +18,17 @@ ROUNDS = 7
 
 def main() -> None:
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(hidden_size=256, num_hidden_layers=6, num_attention_heads=8, intermediate_size=1024, vocab_size=4096, max_position_embeddings=128)
+    config = transformers.LlamaConfig(
+        hidden_size=256, num_hidden_layers=6, num_attention_heads=8, intermediate_size=1024, vocab_size=4096, max_position_embeddings=128
+    )
     model = transformers.LlamaForCausalLM(config).eval()
     ids_BT = torch.randint(0, 4096, (32, 128))
     after = {"resid_post.3": Tap("model.layers.3", "out")}
-    several = after | {"mlp_act.1": Tap("model.layers.1.mlp.down_proj", "in"), "attn_z.2": Tap("model.layers.2.self_attn.o_proj", "in"), "resid_post.0": Tap("model.layers.0", "out")}
+    several = after | {
+        "mlp_act.1": Tap("model.layers.1.mlp.down_proj", "in"),
+        "attn_z.2": Tap("model.layers.2.self_attn.o_proj", "in"),
+        "resid_post.0": Tap("model.layers.0", "out"),
+    }
 
     def truncated():
         short = model.model.layers[4:]

@@ -16,10 +16,14 @@ def model_dir(tmp_path_factory):
     vocabulary = {"<bos>": 0, "<eos>": 1, "<pad>": 2, "<unk>": 3} | {f"w{i}": i + 4 for i in range(WORDS)}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>")
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
+    )
     tokenizer.chat_template = "{{ bos_token }}{% for m in messages %} {{ m['role'] }} {{ m['content'] }} {% endfor %}"
     tokenizer.save_pretrained(folder)
-    transformers.LlamaConfig(vocab_size=WORDS + 4, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, max_position_embeddings=64).save_pretrained(folder)
+    transformers.LlamaConfig(
+        vocab_size=WORDS + 4, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, max_position_embeddings=64
+    ).save_pretrained(folder)
     return folder
 
 

@@ -12,7 +12,16 @@ from saehub.data.model import ModelHandle, fingerprint, local_files, read_shape,
 from saehub.errors import FormatError, SaehubError, StageFailed, UsageError
 from saehub.sites import Site
 
-ROTARY = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48, head_dim=16, vocab_size=97, max_position_embeddings=64)
+ROTARY = dict(
+    hidden_size=32,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=48,
+    head_dim=16,
+    vocab_size=97,
+    max_position_embeddings=64,
+)
 
 
 @pytest.mark.quick
@@ -25,8 +34,18 @@ ROTARY = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_ke
         (transformers.Gemma2Config(**ROTARY), "gemma2"),
         (transformers.Gemma3TextConfig(**ROTARY), "gemma2"),
         (transformers.GPT2Config(n_embd=32, n_layer=3, n_head=2, vocab_size=97, n_positions=64, n_inner=48), "gpt2"),
-        (transformers.GPTNeoXConfig(**{k: v for k, v in ROTARY.items() if k not in ("head_dim", "num_key_value_heads")} | {"num_attention_heads": 2}), "gpt_neox"),
-        (transformers.BertConfig(**{k: v for k, v in ROTARY.items() if k not in ("head_dim", "num_key_value_heads")} | {"num_attention_heads": 2}), "bert"),
+        (
+            transformers.GPTNeoXConfig(
+                **{k: v for k, v in ROTARY.items() if k not in ("head_dim", "num_key_value_heads")} | {"num_attention_heads": 2}
+            ),
+            "gpt_neox",
+        ),
+        (
+            transformers.BertConfig(
+                **{k: v for k, v in ROTARY.items() if k not in ("head_dim", "num_key_value_heads")} | {"num_attention_heads": 2}
+            ),
+            "bert",
+        ),
     ],
 )
 def test_sizes_are_read_from_what_transformers_saves(tmp_path, config, family):
@@ -41,7 +60,9 @@ def test_sizes_left_to_defaults_are_asked_of_transformers():
     text = {"hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text", "num_hidden_layers": 34, "sliding_window": 1024}
     shape = shape_of({"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "text_config": text})
     default = transformers.Gemma3TextConfig()
-    assert shape == ModelShape("gemma2", 34, 2560, 10240, default.num_attention_heads, default.head_dim, default.vocab_size, default.max_position_embeddings)
+    assert shape == ModelShape(
+        "gemma2", 34, 2560, 10240, default.num_attention_heads, default.head_dim, default.vocab_size, default.max_position_embeddings
+    )
     gpt2 = {"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50257, "n_positions": 1024}
     assert shape_of(gpt2) == ModelShape("gpt2", 12, 768, 3072, 12, 64, 50257, 1024)
 
@@ -53,7 +74,11 @@ def test_a_declared_shape_serves_offline_and_must_agree(tmp_path, monkeypatch):
     assert read_shape("no-org/no-such-model", None, declared) == declared
     with pytest.raises(UsageError) as caught:
         read_shape("no-org/no-such-model")
-    assert "no-org/no-such-model" in str(caught.value) and "hf download no-org/no-such-model" in caught.value.fix and "model.shape" in caught.value.fix
+    assert (
+        "no-org/no-such-model" in str(caught.value)
+        and "hf download no-org/no-such-model" in caught.value.fix
+        and "model.shape" in caught.value.fix
+    )
     with pytest.raises(UsageError, match="no-org/no-such-model"):
         ModelHandle.load(ModelSpec("no-org/no-such-model"))
     assert fingerprint(ModelSpec("no-org/no-such-model")) == "hub:no-org/no-such-model@?main"
@@ -104,7 +129,9 @@ def test_loading_gives_the_model_in_evaluation_mode(tmp_path):
 
 @pytest.mark.quick
 def test_encoders_and_bare_models_load_with_the_right_class(tmp_path):
-    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, vocab_size=97, max_position_embeddings=64)
+    sizes = dict(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, vocab_size=97, max_position_embeddings=64
+    )
     transformers.BertForMaskedLM(transformers.BertConfig(**sizes)).save_pretrained(tmp_path / "mlm")
     transformers.BertModel(transformers.BertConfig(**sizes)).save_pretrained(tmp_path / "bare")
     assert type(ModelHandle.load(ModelSpec(str(tmp_path / "mlm")), tokenizer=False).hf).__name__ == "BertForMaskedLM"
@@ -138,8 +165,15 @@ def test_what_cannot_be_loaded_is_named(tmp_path, model_dir):
 def test_widths_of_any_module_without_weights(tmp_path):
     transformers.LlamaForCausalLM(transformers.LlamaConfig(**ROTARY)).save_pretrained(tmp_path)
     spec, shape = ModelSpec(str(tmp_path)), read_shape(str(tmp_path))
-    for name, width in {"model.layers.1.self_attn.k_proj:out": 32, "model.layers.1.self_attn.q_proj:out": 64, "model.layers.0.mlp.gate_proj:out": 48,
-                        "attn_z.1": 64, "mlp_act.0": 48, "model.layers.1:out": 32, "lm_head:out": 97}.items():
+    for name, width in {
+        "model.layers.1.self_attn.k_proj:out": 32,
+        "model.layers.1.self_attn.q_proj:out": 64,
+        "model.layers.0.mlp.gate_proj:out": 48,
+        "attn_z.1": 64,
+        "mlp_act.0": 48,
+        "model.layers.1:out": 32,
+        "lm_head:out": 97,
+    }.items():
         assert site_width(spec, Site.parse(name), shape) == width
     with pytest.raises(UsageError, match="cannot be read"):
         site_width(spec, Site.parse("model.rotary_emb:out"), shape)
@@ -168,5 +202,3 @@ def test_the_bridge_shares_the_weights_and_leaves_the_model_alone():
         ours_BTD = taps.read(handle.hf, ids, {0: site.tap(handle.shape)})[0]
         theirs = cache[site.names(handle.shape)["transformer_lens"]]
         torch.testing.assert_close(ours_BTD, theirs.reshape(ours_BTD.shape), rtol=1e-5, atol=1e-5)
-
-

@@ -10,7 +10,9 @@ from saehub.errors import FormatError, SaehubError, StageFailed, UsageError
 
 
 def entry(source, **more):
-    return SimpleNamespace(**{"source": str(source), "split": "all", "field": "text", "config": None, "streaming": False, "revision": None} | more)
+    return SimpleNamespace(
+        **{"source": str(source), "split": "all", "field": "text", "config": None, "streaming": False, "revision": None} | more
+    )
 
 
 def texts(source, **more):
@@ -100,7 +102,10 @@ def test_a_hub_dataset_offline_says_what_to_do(monkeypatch):
 
 @pytest.mark.quick
 def test_conversations_are_normalised(tmp_path):
-    rows = [{"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]}, {"messages": [{"role": "user", "content": "x"}], "text": "plain"}]
+    rows = [
+        {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]},
+        {"messages": [{"role": "user", "content": "x"}], "text": "plain"},
+    ]
     one, two = open_source(entry(write_jsonl(tmp_path / "a.jsonl", rows)))
     assert [m["role"] for m in one.messages] == ["user", "assistant"] and not one.text
     assert two.text == "plain" and two.messages[0]["content"] == "x"
@@ -152,11 +157,13 @@ def test_check_source_needs_no_network_and_no_torch(tmp_path):
     import subprocess
     import sys
 
-    code = ("import sys; from types import SimpleNamespace as E; from saehub.data.sources import check_source; from saehub.sites import Site;"
-            "from saehub.data.model import read_shape, fingerprint; from saehub.api import ModelSpec;"
-            "check_source(E(source='some/hub-id', split='x', field='text')); check_source(E(source='builtin/python-docs', split='train', field='text'));"
-            "shape = read_shape('builtin/tiny-llama'); fingerprint(ModelSpec('builtin/tiny-llama')); Site.parse('resid_post.2').tap(shape);"
-            "import saehub.data.tokens; print('torch' in sys.modules, 'transformers' in sys.modules, 'datasets' in sys.modules)")
+    code = (
+        "import sys; from types import SimpleNamespace as E; from saehub.data.sources import check_source; from saehub.sites import Site;"
+        "from saehub.data.model import read_shape, fingerprint; from saehub.api import ModelSpec;"
+        "check_source(E(source='some/hub-id', split='x', field='text')); check_source(E(source='builtin/python-docs', split='train', field='text'));"
+        "shape = read_shape('builtin/tiny-llama'); fingerprint(ModelSpec('builtin/tiny-llama')); Site.parse('resid_post.2').tap(shape);"
+        "import saehub.data.tokens; print('torch' in sys.modules, 'transformers' in sys.modules, 'datasets' in sys.modules)"
+    )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.split() == ["False", "False", "False"]
     with pytest.raises(UsageError):

@@ -17,7 +17,9 @@ from saehub.errors import FormatError, SaehubError, StageFailed, UsageError
 
 
 def entry(source, **more):
-    return SimpleNamespace(**{"source": str(source), "split": "all", "field": "text", "config": None, "streaming": False, "revision": None} | more)
+    return SimpleNamespace(
+        **{"source": str(source), "split": "all", "field": "text", "config": None, "streaming": False, "revision": None} | more
+    )
 
 
 def stored(dataset):
@@ -60,7 +62,9 @@ def test_every_document_is_there_whole_and_once(model_dir, corpus, tmp_path, bos
 
 @pytest.mark.quick
 def test_rows_are_counted_without_reading_a_model_and_excluded_tokens_are_out(model_dir, corpus, tmp_path):
-    dataset = make(model_dir, tmp_path / "t", [(entry(corpus("a.jsonl", 0, 60, 11)), 1.0)], TokenPolicy(16, exclude=("bos", "eos", "w7", 30)), rows=400)
+    dataset = make(
+        model_dir, tmp_path / "t", [(entry(corpus("a.jsonl", 0, 60, 11)), 1.0)], TokenPolicy(16, exclude=("bos", "eos", "w7", 30)), rows=400
+    )
     ids = dataset.tokens(0, dataset.n_sequences)
     assert ids.dtype == torch.int64 and ids.shape == (dataset.n_sequences, 16)
     out = (ids == 0) | (ids == 1) | (ids == 11) | (ids == 30)  # w7 is id 11
@@ -104,8 +108,15 @@ def test_builds_are_deterministic_and_the_hash_tells_data_apart(model_dir, corpu
     assert all((one.path / shard["file"]).read_bytes() == (two.path / shard["file"]).read_bytes() for shard in one.manifest["shards"])
     again = make(model_dir, one.path, sources, rows=900)  # over a finished one
     assert again.hash == one.hash
-    others = [make(model_dir, tmp_path / "x", sources, **change).hash for change in
-              ({"rows": 900, "seed": 2}, {"rows": 901}, {"rows": 900, "calibration": 0}, {"rows": 900, "policy": TokenPolicy(16, exclude=())})]
+    others = [
+        make(model_dir, tmp_path / "x", sources, **change).hash
+        for change in (
+            {"rows": 900, "seed": 2},
+            {"rows": 901},
+            {"rows": 900, "calibration": 0},
+            {"rows": 900, "policy": TokenPolicy(16, exclude=())},
+        )
+    ]
     assert len({one.hash, *others}) >= 4
     assert TokenDataset.open(one.path).hash == one.hash
 
@@ -164,11 +175,20 @@ def test_chat_template_renders_turns_and_plain_text(model_dir, tmp_path):
     rows = [{"messages": [{"role": "w1", "content": f"w{i}"}, {"role": "w2", "content": f"w{i + 1}"}]} for i in range(100, 180, 2)]
     rows += [{"text": f"w{i} w{i}"} for i in range(200, 260)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    dataset = make(model_dir, tmp_path / "t", [(entry(file), 1.0)], TokenPolicy(12, bos="document", exclude=("bos",), template="chat"), rows=200, calibration=0)
+    dataset = make(
+        model_dir,
+        tmp_path / "t",
+        [(entry(file), 1.0)],
+        TokenPolicy(12, bos="document", exclude=("bos",), template="chat"),
+        rows=200,
+        calibration=0,
+    )
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     documents = tokenizer.decode(stored(dataset).reshape(-1)).replace("<bos>", "|").split("|")
     inner = {" ".join(document.split()) for document in documents[1:-1]}
-    expected = {f"w1 w{i} w2 w{i + 1}" for i in range(100, 180, 2)} | {f"<unk> w{i} w{i}" for i in range(200, 260)}  # `user` is no word here
+    expected = {f"w1 w{i} w2 w{i + 1}" for i in range(100, 180, 2)} | {
+        f"<unk> w{i} w{i}" for i in range(200, 260)
+    }  # `user` is no word here
     assert inner <= expected and any(text.startswith("w1") for text in inner) and any(text.startswith("<unk>") for text in inner)
     with pytest.raises(UsageError, match="template: chat") as caught:
         make(model_dir, tmp_path / "t", [(entry(file), 1.0)], rows=200, calibration=0)
@@ -179,7 +199,9 @@ def test_chat_template_renders_turns_and_plain_text(model_dir, tmp_path):
 def test_manifest_records_tokenizer_python_and_counts(tmp_path):
     import platform
 
-    dataset = build([(entry("builtin/python-code", split="heldout"), 1.0)], ModelSpec("builtin/tiny-llama"), TokenPolicy(64), tmp_path, rows=2000)
+    dataset = build(
+        [(entry("builtin/python-code", split="heldout"), 1.0)], ModelSpec("builtin/tiny-llama"), TokenPolicy(64), tmp_path, rows=2000
+    )
     assert dataset.manifest["python"] == platform.python_version()
     assert len(dataset.manifest["tokenizer"]["hash"]) == 64
     (about,) = dataset.manifest["sources"]

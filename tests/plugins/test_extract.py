@@ -35,7 +35,15 @@ def tokens(tmp_path_factory):
     source = folder / "text.jsonl"
     texts = [f"def f{i}(x):\n    return x * {i} + len('{'ab' * (i % 7)}')\n" for i in range(300)]
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return build([(entry(source), 1.0)], ModelSpec("builtin/tiny-llama"), TokenPolicy(32, exclude=("bos", "pad", "eos")), folder / "t", rows=2500, calibration=300, seed=5)
+    return build(
+        [(entry(source), 1.0)],
+        ModelSpec("builtin/tiny-llama"),
+        TokenPolicy(32, exclude=("bos", "pad", "eos")),
+        folder / "t",
+        rows=2500,
+        calibration=300,
+        seed=5,
+    )
 
 
 def plain(model, ids_BT):
@@ -63,7 +71,9 @@ def test_rows_equal_plain_hooks_to_the_last_bit(model, tokens):
         for site in SITES:
             assert torch.equal(rows.acts[site], want[site].reshape(-1, want[site].shape[-1])), site
         assert torch.equal(rows.token_ids_N, ids_BT.flatten())
-        assert rows.positions_N.tolist() == list(range(32)) * (j - i) and rows.sequences_N.tolist() == [s for s in range(i, j) for _ in range(32)]
+        assert rows.positions_N.tolist() == list(range(32)) * (j - i) and rows.sequences_N.tolist() == [
+            s for s in range(i, j) for _ in range(32)
+        ]
         assert not ((rows.token_ids_N <= 2) & rows.keep_N).any() and int(rows.keep_N.sum()) == session.kept(batch)
     session.close()
 
@@ -72,7 +82,16 @@ def test_rows_equal_plain_hooks_to_the_last_bit(model, tokens):
 def test_streamed_and_stored_give_the_same_batches_bit_for_bit(model, tokens, tmp_path):
     def stream():
         session = HFExtractor(HFConfig()).open(model, tokens, SITES[:2], lm_batch=8)
-        return BlockStream(session, sites=SITES[:2], seed=11, batches_per_block=3, dtype="bfloat16", rows=4000, calibration_batches=session.calibration_batches, repeat=True)
+        return BlockStream(
+            session,
+            sites=SITES[:2],
+            seed=11,
+            batches_per_block=3,
+            dtype="bfloat16",
+            rows=4000,
+            calibration_batches=session.calibration_batches,
+            repeat=True,
+        )
 
     streamed, store = stream(), ShardStore(tmp_path)
     other = stream()
@@ -92,7 +111,9 @@ def test_streamed_and_stored_give_the_same_batches_bit_for_bit(model, tokens, tm
 
 @pytest.mark.quick
 def test_encoders_work_too(tmp_path):
-    sizes = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48, vocab_size=60, max_position_embeddings=40)
+    sizes = dict(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48, vocab_size=60, max_position_embeddings=40
+    )
     torch.manual_seed(0)
     transformers.BertForMaskedLM(transformers.BertConfig(**sizes)).save_pretrained(tmp_path / "bert")
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(55))]
@@ -172,6 +193,14 @@ print(block.hash, sha256_tensor(block.acts["resid_post.2"]), stream.hash)
     from saehub.jsonio import sha256_tensor
 
     session = HFExtractor(None).open(model, tokens, ["resid_post.2"], lm_batch=8)
-    stream = BlockStream(session, sites=["resid_post.2"], seed=2, batches_per_block=3, dtype="float32", rows=2000, calibration_batches=session.calibration_batches)
+    stream = BlockStream(
+        session,
+        sites=["resid_post.2"],
+        seed=2,
+        batches_per_block=3,
+        dtype="float32",
+        rows=2000,
+        calibration_batches=session.calibration_batches,
+    )
     block = stream.block(2)
     assert out == [block.hash, sha256_tensor(block.acts["resid_post.2"]), stream.hash]

@@ -41,14 +41,20 @@ def write(folder, layout, dtype=torch.float32):
 def everything(session):
     rows = [session.rows(batch) for batch in range(session.n_batches)]
     join = lambda columns: torch.cat(list(columns))  # noqa: E731
-    return {A: join(r.acts[A] for r in rows), B: join(r.acts[B] for r in rows), "ids": join(r.token_ids_N for r in rows), "at": join(r.positions_N for r in rows),
-            "keep": join(r.keep_N for r in rows)}
+    return {
+        A: join(r.acts[A] for r in rows),
+        B: join(r.acts[B] for r in rows),
+        "ids": join(r.token_ids_N for r in rows),
+        "at": join(r.positions_N for r in rows),
+        "keep": join(r.keep_N for r in rows),
+    }
 
 
 @pytest.mark.quick
 @pytest.mark.parametrize(
     "layout, dtype",
-    [(layout, dtype) for layout in ("safetensors", "npy", "folders") for dtype in (torch.float32, torch.float16, torch.float64)] + [("safetensors", torch.bfloat16)],
+    [(layout, dtype) for layout in ("safetensors", "npy", "folders") for dtype in (torch.float32, torch.float16, torch.float64)]
+    + [("safetensors", torch.bfloat16)],
 )
 def test_every_row_comes_out_once_with_its_columns(tmp_path, layout, dtype):
     config = FilesConfig(str(write(tmp_path / "acts", layout, dtype)))
@@ -58,7 +64,10 @@ def test_every_row_comes_out_once_with_its_columns(tmp_path, layout, dtype):
     got, want = everything(session), table()
     assert got[A].dtype == dtype
     lines = torch.cat([got[A].float(), got[B].float(), got["ids"][:, None].float(), got["at"][:, None].float()], dim=1)
-    expected = torch.cat([want[A].to(dtype).float(), want[B].to(dtype).float(), want["token_ids"][:, None].float(), want["positions"][:, None].float()], dim=1)
+    expected = torch.cat(
+        [want[A].to(dtype).float(), want[B].to(dtype).float(), want["token_ids"][:, None].float(), want["positions"][:, None].float()],
+        dim=1,
+    )
     assert sorted(lines.tolist()) == sorted(expected.tolist()) and not torch.equal(lines, expected)
     assert sum(session.kept(batch) for batch in range(8)) == N
 
