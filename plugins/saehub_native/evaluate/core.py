@@ -102,7 +102,10 @@ class _Evaluation:
         """SAE id -> (name, site, k, latents) of its baselines, or why it has none."""
         self.pca: dict[str, PCA] = {}
         self.random: dict[tuple[str, int, int], RandomDictionary] = {}
-        self.done, self.total = 0.0, 2.0 * max(len(names), 1)
+        passes = 1 + 2 * len(self.targets) + (3 if config.baselines else 1) * len(self.subjects)
+        self.weight = 1.0 + (passes if config.loss and context.model is not None else 0)
+        """What the second pass costs beside the first, in forward passes of the model: for the progress bar."""
+        self.done, self.total = 0.0, (1 + self.weight) * max(len(names), 1)
         try:
             self.version = version("saehub")
         except PackageNotFoundError:
@@ -125,7 +128,7 @@ class _Evaluation:
         return [row for subject in self.subjects for name in self.context.datasets for row in found[subject.id, name]]
 
     # ------------------------------------------------------------------ reading
-    def _pieces(self, dataset: EvalDataset, at_once: int | None, doing: str) -> Iterator[Piece]:
+    def _pieces(self, dataset: EvalDataset, at_once: int | None, doing: str, weight: float = 1.0) -> Iterator[Piece]:
         """The pieces of one pass over a dataset, with progress."""
         tokens = dataset.tokens
         context = tokens.context if tokens is not None else None
@@ -135,9 +138,9 @@ class _Evaluation:
             yield piece
             seen += piece.sequences
             if total:
-                self.done = before + min(seen / total, 1.0)
+                self.done = before + weight * min(seen / total, 1.0)
                 self.context.emit({"progress": self.done / self.total, "text": f"{dataset.name}: {doing}, {seen:,} of {total:,} sequences"})
-        self.done = before + 1
+        self.done = before + weight
 
     # ------------------------------------------------------------------ first pass
     def _moments(self, dataset: EvalDataset) -> dict[str, SiteMoments]:
@@ -216,7 +219,7 @@ class _Evaluation:
         if reason is None:
             at_once = loss_recovered.sequences_at_once(config.memory, dataset.tokens.context, model.shape.vocab, model.hf.dtype.itemsize)
         unit = f"blocks of {BLOCK} rows"
-        for piece in self._pieces(dataset, at_once, "reconstructing"):
+        for piece in self._pieces(dataset, at_once, "reconstructing", self.weight):
             unit = "sequences" if piece.context else unit
             losses = self._losses(piece) if reason is None and piece.context and piece.tokens_N is not None else None
             if losses is not None:
