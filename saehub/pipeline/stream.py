@@ -131,7 +131,7 @@ class HubStream:
         return load_file(store.path("calibration", key) / "calibration.safetensors")["rows"]
 
     def scale(self, site: str, normalize: str) -> float:
-        """The factor that brings the calibration rows of `site` to the wanted norm: sqrt(d) / E|x|, 1 / sqrt(E|x|²), or 1."""
+        """The factor that brings the calibration rows of `site` to the wanted norm: sqrt(d) / E|x|, 1 / E|x|, or 1."""
         from saehub.activations.blocks import scale_of
 
         return 1.0 if normalize == "none" else scale_of(self.calibration(self.context.plan.recipe.extract.calibration)[site], normalize)

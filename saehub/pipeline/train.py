@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from saehub.api import CalibrationRows, Job
 from saehub.errors import Interrupted, SaehubError, StageFailed
+from saehub.pipeline.components import Remote
 from saehub.pipeline.resume import State, drop_states, load_state, save_state
 from saehub.seeds import derive
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from saehub.pipeline.plan import Stage
 
 REPORT_SECONDS = 0.5
+REMOTE_STEPS = 32
 PROBE_ROWS = 256
 
 
@@ -26,7 +28,7 @@ class Trainee:
     """One job: its session, the rows it has not used yet, and how far it is."""
 
     def __init__(self, context: Context, stage: Stage, stream: BlockStream, normalize: str):
-        from dataclasses import replace
+        from saehub.activations.batches import Batcher
 
         self.context, self.stage = context, stage
         self.job: Job = replace(stage.spec["job"], device=context.device)
@@ -34,12 +36,13 @@ class Trainee:
         self.scale_out = stream.scale(self.job.target_site, normalize) if self.job.target_site else self.scale_in
         self.folder = context.plan.store.state_path(stage.key)
         self.step = 0
-        self.carry: dict[str, Tensor] = {}
+        self.batcher = Batcher(self.job.batch)
         self.metrics: dict[str, float] = {}
         self.error: SaehubError | None = None
         registered = context.plan.catalog.find("trainer", stage.component)
         trainer = context.components.make(registered, stage.spec["config"])
         self.session = trainer.open(self.job, self._calibration(stream))
+        self.remote = isinstance(self.session, Remote)
         self._restore()
 
     def _calibration(self, stream: BlockStream) -> CalibrationRows:
@@ -57,7 +60,7 @@ class Trainee:
         if state is None:
             return
         self.session.load_state(state.tensors, state.data)
-        self.step, self.carry = state.step, state.carry
+        self.step, self.batcher.carry = state.step, state.carry
         changed = differences(state.environment, self.context.environment)
         if changed:
             self.context.events("warning", self.stage.id, text=f"resume: inexact ({'; '.join(changed)})")
@@ -69,8 +72,7 @@ class Trainee:
     @property
     def next_row(self) -> int:
         """The stream row that this job needs next."""
-        held = next(iter(self.carry.values())).shape[0] if self.carry else 0
-        return self.step * self.job.batch + held
+        return self.step * self.job.batch + self.batcher.carried
 
     @property
     def done(self) -> bool:
@@ -78,33 +80,39 @@ class Trainee:
         return self.step >= self.job.steps or self.error is not None
 
     def feed(self, rows: dict[str, Tensor], stop: Any) -> None:
-        """Take the steps that these rows (float32, of this job's sites) fill; keep the rest."""
-        import torch
+        """Take the steps that these rows (of this job's sites) fill; keep the rest.
 
-        x_ND = rows[self.job.site] * self.scale_in
-        y_ND = rows[self.job.target_site] * self.scale_out if self.job.target_site else None
-        held = next(iter(self.carry.values())).shape[0] if self.carry else 0
-        if held:
-            x_ND = torch.cat([self.carry["x"], x_ND])
-            y_ND = None if y_ND is None else torch.cat([self.carry["y"], y_ND])
-        batch, position = self.job.batch, 0
-        chunk = 1 if not hasattr(type(self.session), "steps") else 32  # a worker takes many batches a message
-        while position + batch <= x_ND.shape[0] and self.step < self.job.steps and not stop.is_set():
-            count = min(chunk, (x_ND.shape[0] - position) // batch, self.job.steps - self.step)
-            x_BD = x_ND[position : position + count * batch]
-            y_BD = None if y_ND is None else y_ND[position : position + count * batch]
-            if chunk == 1:
-                self.session.step(x_BD.to(self.job.device), None if y_BD is None else y_BD.to(self.job.device))
-            else:
-                self.metrics = self.session.steps(x_BD, y_BD, batch)
-            position += count * batch
-            self.step += count
-            self.report()
-        stopped = position + batch <= x_ND.shape[0] and self.step < self.job.steps
-        end = held if stopped else x_ND.shape[0]  # stopped inside the block: what was carried stays, the block is extracted again
-        self.carry = {"x": x_ND[position:end].clone()} if position < end else {}
-        if y_ND is not None and self.carry:
-            self.carry["y"] = y_ND[position:end].clone()
+        Stopped in between, the rows not used are dropped: `next_row` says where to go on, and that block is extracted again.
+        """
+        if stop.is_set():
+            return
+        scaled = {"x": rows[self.job.site].float() * self.scale_in}
+        if self.job.target_site:
+            scaled["y"] = rows[self.job.target_site].float() * self.scale_out
+        waiting: list[dict[str, Tensor]] = []
+        for batch in self.batcher.feed(scaled):
+            waiting.append(batch)
+            if len(waiting) == (REMOTE_STEPS if self.remote else 1):
+                self._steps(waiting)
+            if stop.is_set():
+                break
+        self._steps(waiting)
+
+    def _steps(self, waiting: list[dict[str, Tensor]]) -> None:
+        """Train on the batches in `waiting` and empty it; a worker takes many in one message."""
+        if not waiting:
+            return
+        if self.remote:
+            import torch
+
+            x_ND, y_ND = (torch.cat([batch[name] for batch in waiting]) if name in waiting[0] else None for name in ("x", "y"))
+            self.metrics = self.session.steps(x_ND, y_ND, self.job.batch)
+        else:
+            for batch in waiting:
+                self.session.step(*(tensor.to(self.job.device) for tensor in batch.values()))
+        self.step += len(waiting)
+        waiting.clear()
+        self.report()
 
     _told = 0.0
 
@@ -114,7 +122,7 @@ class Trainee:
         if not force and now - self._told < REPORT_SECONDS:
             return
         self._told = now
-        if not hasattr(type(self.session), "steps"):
+        if not self.remote:
             self.metrics = self.session.metrics()
         loss = self.metrics.get("loss")
         self.context.events("progress", self.stage.id, done=self.step, total=self.job.steps, unit="steps", rows=self.step * self.job.batch, metrics=self.metrics)
@@ -129,7 +137,7 @@ class Trainee:
     def save(self) -> None:
         """Write the state between two batches."""
         tensors, data = self.session.state()
-        save_state(self.folder, State(self.step, tensors, data, self.carry, self.context.environment))
+        save_state(self.folder, State(self.step, tensors, data, self.batcher.carry, self.context.environment))
 
 
 def run_pass(context: Context, stages: list[Stage]) -> None:
@@ -173,7 +181,7 @@ def _feed(trainee: Trainee, block: Any, context: Context) -> None:
     offset = max(0, trainee.next_row - first)
     wanted = [site for site in (trainee.job.site, trainee.job.target_site) if site]
     try:
-        trainee.feed({site: block.acts[site][offset:].float() for site in wanted}, context.stop)
+        trainee.feed({site: block.acts[site][offset:] for site in wanted}, context.stop)
         trainee.save()
     except SaehubError as error:
         trainee.error = error

@@ -20,6 +20,7 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 import torch
 
 import saehub
+from saehub.activations.batches import Batcher
 from saehub.checkpoint.format import load
 from saehub.pipeline.context import Context
 from saehub.pipeline.events import Events
@@ -40,18 +41,12 @@ def fvu(reconstruct, x_ND: torch.Tensor) -> float:
     return error / float((x_ND.double() - mean).square().sum())
 
 
-def batches(context: Context, site: str, batch: int, steps: int):
+def batches(context: Context, site: str, batch: int):
     """The batches that the native trainer got, in raw units."""
     with HubStream(context, [site], derive("stream", context.plan.recipe.seed)) as stream:
-        carry, given = None, 0
+        batcher = Batcher(batch)
         for index in range(stream.n_blocks):
-            rows = stream.block(index).acts[site].float()
-            rows = rows if carry is None else torch.cat([carry, rows])
-            whole = rows.shape[0] // batch
-            for i in range(min(whole, steps - given)):
-                yield rows[i * batch : (i + 1) * batch]
-            given += whole
-            carry = rows[whole * batch :].clone()
+            yield from (rows["x"].float() for rows in batcher.feed({"x": stream.block(index).acts[site]}))
 
 
 def dictionary_learning(context: Context, stage, lr_factor: float):
@@ -66,7 +61,7 @@ def dictionary_learning(context: Context, stage, lr_factor: float):
         warmup_steps=min(1000, job.steps // 10), threshold_start_step=job.steps // 2, decay_start=int(0.8 * job.steps),
     )  # fmt: skip
     norm, started = None, time.monotonic()
-    for step, x_BD in enumerate(batches(context, job.site, job.batch, job.steps)):
+    for step, x_BD in enumerate(batches(context, job.site, job.batch)):
         norm = norm or float(x_BD.square().sum(1).mean().sqrt())
         trainer.update(step, x_BD / norm)
     ae = trainer.ae.eval()
