@@ -8,6 +8,8 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from functools import cache
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,7 @@ def name(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
+@cache
 def tree(path: Path) -> ast.Module:
     """The parsed file."""
     return ast.parse(path.read_text(encoding="utf-8"), str(path))
@@ -174,18 +177,23 @@ def test_the_native_plugin_runs_with_torch_and_a_few_small_libraries():
     assert not found, "\n".join(found)
 
 
-def test_every_imported_library_is_a_declared_dependency():
-    import_names = {"pyyaml": "yaml", "sae-lens": "sae_lens", "transformer-lens": "transformer_lens", "scikit-learn": "sklearn"}
-    extras = PROJECT["project"]["optional-dependencies"]
-    declared = {re.split(r"[<>=!~;\[ ]", text)[0] for text in [*PROJECT["project"]["dependencies"], *(item for items in extras.values() for item in items)]}
-    known = {import_names.get(word, word.replace("-", "_")) for word in declared} | {package.name for package in PLUGINS} | {"saehub"}
-    optional = {"pytest", "triton", "huggingface_hub", "tokenizers", "jinja2", "requests", "transformer_lens"}  # pytest: the fixtures; the others come with transformers or torch
+def requirement(text: str) -> str:
+    """`datasets>=3.0` -> `datasets`."""
+    return re.split(r"[<>=!~;\[( ]", text.strip())[0].lower().replace("_", "-")
+
+
+def test_every_imported_library_is_declared_or_comes_with_one_that_is():
+    project = PROJECT["project"]
+    declared = {requirement(text) for text in [*project["dependencies"], *(item for items in project["optional-dependencies"].values() for item in items)]}
+    brought = {requirement(line) for word in declared - {"saehub"} for line in metadata.requires(word) or () if "extra ==" not in line}
+    distributions = metadata.packages_distributions()
+    allowed = {package.name for package in PLUGINS} | {"saehub", "pytest", "triton"} | set(sys.stdlib_module_names)  # pytest: our fixtures; triton: torch on a GPU
     found = sorted(
         {
             f"{top(module)} ({name(path)})"
             for path in SOURCES
             for module, _ in imports(path)
-            if top(module) not in known | optional | set(sys.stdlib_module_names)
+            if top(module) not in allowed and not {requirement(word) for word in distributions.get(top(module), ())} & (declared | brought)
         }
     )
     assert not found, f"not declared in pyproject.toml: {found}"
