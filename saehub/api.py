@@ -339,7 +339,11 @@ class Evaluator(Protocol):
 
 @runtime_checkable
 class Exporter(Protocol):
-    """A codec for another library's checkpoint folder."""
+    """A codec for another library's checkpoint folder.
+
+    `sniff`, `read` and `write` run in saehub's own process and must not import the library; `run` runs in the plugin's worker. An optional
+    `refusal(sae) -> str | None` says why an SAE cannot be written, before any work.
+    """
 
     def __init__(self, config: Any): ...
 

@@ -34,6 +34,11 @@ def run_card(context: Context, done: list[Stage], seconds: float, errors: list[S
         else None,
         "data": {stage.spec["name"]: _dataset(manifests[stage.id], stage) for stage in done if stage.kind == "tokens"},
         "saes": {stage.id.partition("/")[2]: _sae(stage, manifests[stage.id]) for stage in done if stage.kind in ("train", "load")},
+        "exports": {
+            stage.id.partition("/")[2]: {"outcome": manifests[stage.id].get("outcome"), "reason": manifests[stage.id].get("reason")}
+            for stage in done
+            if stage.kind == "export"
+        },
         "extract": {name: value for name, value in to_plain(plan.recipe)["extract"].items()},
         "store": plan.totals.get("store"),
         "environment": context.environment,

@@ -285,7 +285,8 @@ class _Planner:
             "calibration": extract.calibration,
             "seed": derive("stream", self.recipe.seed),
         }
-        rows = train.tokens if train else (self.files["rows"] - extract.calibration if self.files else 0)
+        reserved = -(-extract.calibration // extract.lm_batch) * extract.lm_batch  # calibration takes whole batches
+        rows = train.tokens if train else (self.files["rows"] - reserved if self.files else 0)
         if self.recipe.train and rows <= 0:
             self._problem("extract.calibration", f"{extract.calibration} calibration rows leave none of {self.files['rows']} to train on", "a smaller calibration")
         return {

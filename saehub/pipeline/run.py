@@ -271,18 +271,22 @@ def _train(context: Context, stages: list[Stage]) -> None:
 
 
 def _export(context: Context, stages: list[Stage]) -> None:
-    from saehub.checkpoint.format import load
+    """Write the target's folder and certify it: source and target run with their own libraries on the golden probe (conversion.json)."""
+    from saehub.checkpoint.convert import convert
 
     (stage,) = stages
     started = time.monotonic()
     context.events("stage_started", stage.id, detail=stage.detail)
-    registered = context.plan.catalog.find("exporter", stage.component)
-    exporter = context.components.make(registered, stage.spec["config"])
-    sae = load(context.plan.stage(stage.spec["subject"]).where / "checkpoint")
+
+    def invoke(registered: Any, config: Any, method: str, **arguments: Any) -> Any:
+        return getattr(context.components.make(registered, config), method)(**arguments)
+
+    source = context.plan.stage(stage.spec["subject"]).where / "checkpoint"
     with context.plan.store.create("export", stage.key, manifest := context.manifest(stage)) as folder:
-        manifest["notes"] = dict(exporter.write(sae, folder / "export") or {})
-        manifest["seconds"] = time.monotonic() - started
-    context.events("stage_finished", stage.id, seconds=manifest["seconds"], path=str(stage.where))
+        certificate = convert(source, folder / "export", stage.component, invoke=invoke)
+        manifest |= {"outcome": certificate.outcome, "reason": certificate.reason, "seconds": time.monotonic() - started}
+    context.events("log", stage.id, text=certificate.outcome)
+    context.events("stage_finished", stage.id, seconds=manifest["seconds"], outcome=certificate.outcome, path=str(stage.where))
 
 
 EXECUTORS: Mapping[str, Callable[[Context, list[Stage]], None]] = {

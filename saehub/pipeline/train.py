@@ -214,7 +214,8 @@ def _finish(context: Context, trainee: Trainee, stream: BlockStream, elapsed: fl
     if bad:
         raise StageFailed(f"{job.id} ended with values that are not finite in {', '.join(bad)}", where=stage.id, fix="a lower learning rate")
     rows = stream.probe_rows(PROBE_ROWS)
-    probe = make_probe(sae, rows.acts[job.site], rows.token_ids_N, rows.positions_N, rows.contexts_NT)
+    target_ND = rows.acts[job.target_site] if job.target_site else None
+    probe = make_probe(sae, rows.acts[job.site], rows.token_ids_N, rows.positions_N, rows.contexts_NT, target_ND=target_ND)
     manifest = context.manifest(stage, metrics=trainee.metrics, seconds=elapsed, rows=trainee.step * job.batch, job=asdict(job))
     with plan.store.create("train", stage.key, manifest) as folder:
         save(sae, folder / "checkpoint", probe=probe)
