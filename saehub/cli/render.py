@@ -16,7 +16,7 @@ from rich.text import Text
 from saehub.cli.running import Pace, extent, line, metrics_text, took
 from saehub.cli.talk import clean, colour, interactive
 from saehub.report import numbers
-from saehub.report.table import Group, Row, dataset_label, footnote, groups, sizes
+from saehub.report.table import Group, Row, dataset_label, footnote, groups, headlines, sizes
 
 STATUS = {"ok": "green", "cached": "green", "resume": "yellow", "run": "", "broken": "red", "failed": "red", "disabled": "dim", "not measured": "yellow", "undecided": "yellow",
           "not verified": "yellow", "warning": "yellow", "missing": "yellow", "a better": "green", "b better": "green"}  # fmt: skip
@@ -89,6 +89,26 @@ def results(measurements: Iterable[Any]) -> None:
         if i:
             show(Text(""))
         _group(group)
+    if len(found) > 1:
+        _glance(found)
+
+
+def _glance(found: Sequence[Group]) -> None:
+    """The headline numbers of several SAEs in one table, the datasets beside each other."""
+    columns: dict[tuple[str, str | None], str] = {}
+    picked = [(group, {row.metric: row for row in headlines(group)}) for group in found]
+    for group, rows in picked:
+        for name, row in rows.items():
+            for dataset in group.datasets:
+                if dataset in row.cells:
+                    columns.setdefault((name, dataset), f"{name} {row.arrow}".strip() + f"\n{_column(dataset)}")
+    grid = _grid(["SAE", *columns.values()], right=columns.values())
+    short = len({group.subjects for group in found}) == len(found)  # else the site tells them apart
+    for group, rows in picked:
+        cells = [rows[name].cells.get(dataset) if name in rows else None for name, dataset in columns]
+        grid.add_row(text(" + ".join(group.subjects) if short else group.title), *(text(cell.text if cell else "") for cell in cells))
+    show(Text("\nat a glance", style="bold"))
+    show(grid)
 
 
 def _group(group: Group) -> None:

@@ -20,7 +20,7 @@ class Outcome:
     """One thing that was compared."""
 
     what: str
-    """`text`, `tensors` or `number`."""
+    """`model`, `text`, `tensors` or `number`."""
     name: str
     verdict: str
     """`identical`, `agrees` (a number, within its error), `differs` or `missing`."""
@@ -85,8 +85,12 @@ def _tell_changes(run: RunFolder, plan: Any) -> None:
 
 
 def outcomes_of(first: RunFolder, second: RunFolder) -> list[Outcome]:
-    """Hashes of token data and of tensors, then every number."""
+    """Hashes of the model, of token data and of tensors, then every number."""
     found = []
+    models = [(run.card.get("model") or {}).get("fingerprint") for run in (first, second)]
+    if models[0]:
+        detail = "" if models[0] == models[1] else f"{models[0][:19]} → {str(models[1])[:19]}"
+        found.append(Outcome("model", str(first.card["model"].get("name")), "differs" if detail else "identical", detail))
     for what, part, name in (("text", "data", "hash"), ("tensors", "saes", "tensors_hash")):
         before, after = first.card.get(part) or {}, second.card.get(part) or {}
         for key, entry in before.items():

@@ -56,12 +56,22 @@ def compare(left: Sequence[Measurement], right: Sequence[Measurement]) -> tuple[
             used.add(key)
             found.append(difference(item, others[key]))
     alone = [("the first run", [item for item in left if _key(item, rename) not in others]), ("the second run", [others[key] for key in others if key not in used])]
-    remarks = []
+    remarks = _other_sparsity(found)
     for side, items in alone:
         if items:
             names = ", ".join(dict.fromkeys(f"{'+'.join(item.subjects) or '-'}: {item.metric}" for item in items))
             remarks.append(f"only in {side}: {names if len(names) <= 300 else names[:297] + '…'}")
     return found, remarks
+
+
+def _other_sparsity(found: Sequence[Difference]) -> list[str]:
+    """A sentence for each pair of SAEs whose L0 differ by more than 5 %: what is better then may only be what is less sparse."""
+    told: dict[tuple[str, ...], str] = {}
+    for item in found:
+        if item.metric == "l0" and item.a and item.delta is not None and abs(item.delta) > 0.05 * abs(item.a):
+            names = " and ".join(dict.fromkeys(("+".join(item.subjects_a), "+".join(item.subjects_b))))
+            told.setdefault(item.subjects_a, f"{names}: L0 is {item.a:.4g} in the first run and {item.b:.4g} in the second; a better reconstruction may be bought with it")
+    return list(told.values())
 
 
 def _key(item: Measurement, rename: Mapping[str, str]) -> tuple:
@@ -102,7 +112,8 @@ def _verdict(a: Measurement, b: Measurement, delta: float | None, stderr: float 
         return "not comparable", f"two definitions: {a.definition} and {b.definition}"
     if delta is None:
         which = " and ".join(name for name, item in (("the first", a), ("the second", b)) if item.value is None)
-        return "not comparable", f"{which} has no value: {a.reason or b.reason or 'not measured'}"
+        reason = (a.reason if a.value is None else b.reason) or "not measured"
+        return "not comparable", f"{which} has no value: {reason.partition(':')[0]}"
     if a.dataset_hash and b.dataset_hash and a.dataset_hash != b.dataset_hash:
         return "not comparable", "measured on different text (the dataset hashes differ)"
     if delta == 0:

@@ -90,3 +90,13 @@ def test_only_one_module_imports_rich():
 )
 def test_details_of_a_stage(detail, text):
     assert render.detail(detail) == text
+
+
+def test_several_saes_end_with_a_glance(home, capsys, fake_run):
+    render.results(fake_run.measurements("a") + fake_run.measurements("b", 0.02))
+    *_, heading, metrics, datasets, _, first, second = capsys.readouterr().out.splitlines()
+    assert heading == "at a glance"
+    assert metrics.split() == [*(word for name in ("fvu ↓", "ce_recovered_zero ↑", "l0", "dead_share@1e-04 ↓") for word in name.split() * 2)]
+    assert datasets.split() == ["SAE"] + ["in-sample", "out-of-sample"] * 4
+    assert first.startswith("a     0.1293 ± 0.0021   0.2103 ± 0.0051")
+    assert second.startswith("b     0.1493 ± 0.0021   0.2303 ± 0.0051")

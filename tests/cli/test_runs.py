@@ -199,6 +199,7 @@ def test_a_replay_with_other_rounding_agrees(saehub, replayed):
         ("results.json", lambda data: data["measurements"][0].update(value=0.5, ci_low=0.49, ci_high=0.51), "differs"),
         ("results.json", lambda data: data["measurements"].pop(0), "missing"),
         ("run_card.json", lambda card: card["data"]["train"].update(hash="00"), "differs"),
+        ("run_card.json", lambda card: card["model"].update(fingerprint="00"), "differs"),
         ("run_card.json", lambda card: card["saes"].pop("native-k32"), "missing"),
     ],
 )

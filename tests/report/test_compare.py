@@ -109,6 +109,13 @@ def test_an_evaluators_own_interval_is_used():
     assert difference(left, right).verdict == "a better"
 
 
+@pytest.mark.parametrize(("l0", "told"), [(32.0, []), (33.0, []), (48.0, ["a: L0 is 32 in the first run and 48 in the second; a better reconstruction may be bought with it"])])
+def test_another_sparsity_is_said(l0, told):
+    """A lower FVU at a higher L0 is another point of a trade-off, not a better dictionary."""
+    left, right = [row(0.5), row(32.0, 0.0, metric="l0", better="none")], [row(0.2), row(l0, 0.0, metric="l0", better="none")]
+    assert compare(left, right)[1] == told
+
+
 def test_saes_are_matched_by_id_or_alone_by_being_alone():
     found, remarks = compare([row(0.5, sae="k32")], [row(0.9, sae="k64")])
     assert [(item.subjects_a, item.subjects_b) for item in found] == [(("k32",), ("k64",))]
