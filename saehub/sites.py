@@ -243,7 +243,7 @@ class Site:
         return [f"{prefix}." + tap.format(L=self.layer, P=(self.layer or 0) - 1) for tap in patterns]
 
     def width(self, shape: ModelShape) -> int | None:
-        """Size of the last dimension; None for a module that the tables do not know (`data.model.site_width` finds it)."""
+        """Size of the last dimension; None for a module that the tables do not know (`activations.widths.site_width` finds it)."""
         site = self._canonical(shape)
         if site.kind is None:
             return None

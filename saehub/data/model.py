@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from saehub.sites import Site
 
 # config.json's `model_type` -> family of saehub.sites.FAMILIES.
 _FAMILY_OF = {
@@ -99,7 +98,8 @@ def _not_here(name: str, revision: str | None, said: str | None = None) -> Usage
     )
 
 
-def _config(name: str, revision: str | None, fetch: bool) -> dict | None:
+def read_config(name: str, revision: str | None, fetch: bool) -> dict | None:
+    """The model's config.json, parsed; None when it is not on this machine and `fetch` is off."""
     folder = local_files(name, revision)
     if folder is None and fetch:
         from huggingface_hub import hf_hub_download
@@ -116,7 +116,7 @@ def read_shape(name: str, revision: str | None = None, declared: ModelShape | No
 
     Raises UsageError when neither is there, and when both are there and disagree.
     """
-    config = _config(name, revision, fetch=declared is None)
+    config = read_config(name, revision, fetch=declared is None)
     if config is None:
         return declared
     shape = shape_of(config, name)
@@ -277,8 +277,8 @@ class ModelHandle:
 
         where = model_dir_or_id(spec)
         device = resolve_device(spec.device)
-        config = _config(spec.name, spec.revision, fetch=True)
-        kind = _auto_class(config)
+        config = read_config(spec.name, spec.revision, fetch=True)
+        kind = auto_class(config)
         modern = tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= (4, 56)
         settings = {
             "dtype" if modern else "torch_dtype": torch_dtype(spec.dtype),
@@ -335,7 +335,7 @@ class ModelHandle:
         return self._bridge
 
 
-def _auto_class(config: dict) -> str:
+def auto_class(config: dict) -> str:
     """The auto class that gives a model with its language-modelling head where it has one."""
     built = (config.get("architectures") or [""])[0]
     if built.endswith(("ForMaskedLM", "ForPreTraining")):
@@ -343,31 +343,3 @@ def _auto_class(config: dict) -> str:
     if built.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
         return "AutoModelForCausalLM"
     return "AutoModel"
-
-
-def site_width(spec: ModelSpec, site: Site, shape: ModelShape) -> int:
-    """Size of the last dimension at `site`: from the tables, else from the shapes of the module's own weights (built without data on the meta device)."""
-    width = site.width(shape)
-    if width is not None:
-        return width
-    import torch
-    import transformers
-
-    from saehub.activations import taps
-
-    config = _config(spec.name, spec.revision, fetch=True)
-    with torch.device("meta"):
-        model = getattr(transformers, _auto_class(config)).from_config(transformers.AutoConfig.for_model(**config))
-    module = taps.resolve(model, site.module)
-    weight = getattr(module, "weight", None)
-    if weight is not None and weight.ndim == 1:  # a norm
-        return weight.shape[0]
-    if isinstance(module, torch.nn.Linear):
-        return weight.shape[1] if site.io == "in" else weight.shape[0]
-    if weight is not None and weight.ndim == 2 and (isinstance(module, torch.nn.Embedding) or type(module).__name__ == "Conv1D"):
-        return weight.shape[0] if site.io == "in" and not isinstance(module, torch.nn.Embedding) else weight.shape[1]
-    raise UsageError(
-        f"the width at {site} cannot be read before the model runs",
-        why=f"it is a {type(module).__name__}",
-        fix="name a linear layer or norm beside it",
-    )

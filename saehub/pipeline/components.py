@@ -16,24 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from saehub.errors import StageFailed, from_json
+from saehub.pipeline.local import configured
+from saehub.pipeline.pipe import Duplex
 from saehub.pipeline.wire import Wire
-from saehub.pipeline.worker import _Duplex
 from saehub.plugins import Registered, catalog
-
-
-def make_local(kind: str, address: str, config: dict | None) -> Any:
-    """Instantiate a component in this process from its address and plain settings."""
-    registered = catalog().find(kind, address)
-    return registered.load()(_config(registered, config))
-
-
-def _config(registered: Registered, config: Any) -> Any:
-    cls = registered.load_config()
-    if cls is None or isinstance(config, cls):
-        return config if cls else None
-    from saehub.recipe.check import make_config
-
-    return make_config(registered, config or {})
 
 
 class WorkerProcess:
@@ -60,7 +46,7 @@ class WorkerProcess:
         )
         os.close(down_read)
         os.close(up_write)
-        self.connection = _Duplex(Connection(up_read, writable=False), Connection(down_write, readable=False))
+        self.connection = Duplex(Connection(up_read, writable=False), Connection(down_write, readable=False))
         self._log = open(log, "a", encoding="utf-8") if log else None  # noqa: SIM115
         self._drain = threading.Thread(target=self._read_stderr, daemon=True)
         self._drain.start()
@@ -166,7 +152,7 @@ class Components:
         """`Class(config)`, or a Remote of it."""
         catalog().require(registered)
         if not registered.component.requires:
-            return registered.load()(_config(registered, config))
+            return registered.load()(configured(registered, config))
         worker = self._worker(registered)
         plain = asdict(config) if is_dataclass(config) else (config or {})
         request = {"op": "create", "kind": registered.kind, "address": registered.address, "config": worker.wire.encode(plain)}

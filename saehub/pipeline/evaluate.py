@@ -3,69 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saehub.api import EvalContext, EvalDataset, Measurement, ModelSpec, Rows, Subject
+from saehub.api import Measurement
 from saehub.errors import Interrupted, StageFailed
 from saehub.jsonio import read_json, write_json_atomic
+from saehub.pipeline.evaluation import open_context
 
 if TYPE_CHECKING:
     from saehub.pipeline.context import Context
     from saehub.pipeline.plan import Stage
-
-
-@dataclass
-class HubEvalContext(EvalContext):
-    """An EvalContext that can be described to a worker process."""
-
-    spec: dict[str, Any] | None = None
-
-
-def open_context(spec: dict[str, Any], *, model: Any = None, extractor: Any = None, emit: Any = None) -> HubEvalContext:
-    """Build the context from plain data: here, or in the worker that received it.
-
-    `spec`: subjects [{id, path, site, target_site}], model (ModelSpec fields or None), datasets {name: folder}, extractor {address, config},
-    seed, device, work_dir, lm_batch.
-    """
-    from saehub.checkpoint.format import load, read_header, tensors_hash
-    from saehub.data.tokens import TokenDataset
-
-    subjects = []
-    for item in spec["subjects"]:
-        sae = load(item["path"]).to(spec["device"])
-        digest = tensors_hash(read_header(item["path"])["tensors"])
-        subjects.append(Subject(item["id"], sae, Path(item["path"]), item["site"], item["target_site"], digest))
-    if model is None and spec["model"] is not None:
-        from saehub.data.model import ModelHandle
-
-        model = ModelHandle.load(ModelSpec(**spec["model"]))
-    opened = {name: TokenDataset.open(Path(folder)) for name, folder in spec["datasets"].items()}
-    datasets = {name: EvalDataset(name, tokens, tokens.hash) for name, tokens in opened.items()}
-
-    def rows(dataset: EvalDataset, sites: Sequence[str]) -> Iterator[Rows]:
-        session = _extractor(spec, extractor).open(model, dataset.tokens, list(sites), lm_batch=spec["lm_batch"])
-        try:
-            for batch in range(session.n_batches):
-                yield session.rows(batch)
-        finally:
-            session.close()
-
-    work_dir = Path(spec["work_dir"])
-    work_dir.mkdir(parents=True, exist_ok=True)
-    return HubEvalContext(
-        subjects, model, datasets, spec["seed"], spec["device"], work_dir, spec["lm_batch"], emit or (lambda event: None), rows, spec=spec
-    )
-
-
-def _extractor(spec: dict[str, Any], given: Any) -> Any:
-    if given is not None:
-        return given
-    from saehub.pipeline.components import make_local
-
-    return make_local("extractor", spec["extractor"]["address"], spec["extractor"]["config"])
 
 
 def evaluate_stages(context: Context, stages: list[Stage]) -> None:

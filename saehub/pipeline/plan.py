@@ -209,7 +209,6 @@ class _Planner:
         return spec, shape, found
 
     def _widths(self) -> dict[str, int]:
-        from saehub.data.model import site_width
         from saehub.sites import Site
 
         widths: dict[str, int] = {}
@@ -219,12 +218,17 @@ class _Planner:
                     widths[name] = self.files["widths"][name]
                 else:
                     site = Site.parse(name)
-                    widths[str(site)] = site.width(self.shape) or site_width(self.recipe.model.spec(), site, self.shape)
+                    widths[str(site)] = site.width(self.shape) or self._module_width(site)
             except SaehubError as error:
                 self._caught(f"extract.sites.{index}", error)
             except KeyError:
                 self._problem(f"extract.sites.{index}", f"the files hold no site {name!r}", f"there are: {', '.join(self.files['widths'])}")
         return widths
+
+    def _module_width(self, site: Any) -> int:
+        from saehub.activations.widths import site_width  # the one thing in a plan that needs torch: a module outside the tables
+
+        return site_width(self.recipe.model.spec(), site, self.shape)
 
     # Tokens
 

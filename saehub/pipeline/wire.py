@@ -91,7 +91,7 @@ class Wire:
             case "$rows":
                 return api.Rows(**self.decode(content))
             case "$evaluation":
-                from saehub.pipeline.evaluate import open_context
+                from saehub.pipeline.evaluation import open_context
 
                 return open_context(self.decode(content))
             case "$model":

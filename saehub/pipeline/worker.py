@@ -9,11 +9,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from saehub.pipeline.pipe import Duplex
+
 
 class Worker:
     """Serves one parent: makes components, calls their methods, keeps what cannot cross (an open training session) under a number."""
 
-    def __init__(self, connection: Connection, scratch: Path):
+    def __init__(self, connection: Duplex, scratch: Path):
         from saehub.pipeline.wire import Wire
 
         self.connection = connection
@@ -43,7 +45,7 @@ class Worker:
     def _do(self, request: dict) -> Any:
         match request["op"]:
             case "create":
-                from saehub.pipeline.components import make_local
+                from saehub.pipeline.local import make_local
 
                 return make_local(request["kind"], request["address"], self.wire.decode(request["config"]))
             case "call":
@@ -87,29 +89,8 @@ def main() -> None:
     """`python -m saehub.pipeline.worker READ_FD WRITE_FD SCRATCH`, started by `components.WorkerProcess`."""
     requests, answers, scratch = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     os.dup2(2, 1)  # a library that prints must not reach the parent's stdout, which is data
-    connection = _Duplex(Connection(requests, writable=False), Connection(answers, readable=False))
+    connection = Duplex(Connection(requests, writable=False), Connection(answers, readable=False))
     Worker(connection, scratch).serve()
-
-
-class _Duplex:
-    """Two one-way pipes as one; JSON text only, so that nothing on the wire can execute."""
-
-    def __init__(self, reader: Connection, writer: Connection):
-        self.reader, self.writer = reader, writer
-
-    def recv(self) -> Any:
-        import json
-
-        return json.loads(self.reader.recv_bytes())
-
-    def send(self, value: Any) -> None:
-        import json
-
-        self.writer.send_bytes(json.dumps(value).encode())
-
-    def close(self) -> None:
-        self.reader.close()
-        self.writer.close()
 
 
 if __name__ == "__main__":

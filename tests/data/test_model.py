@@ -8,7 +8,8 @@ import torch
 import transformers
 
 from saehub.api import ModelShape, ModelSpec
-from saehub.data.model import ModelHandle, fingerprint, local_files, read_shape, shape_of, site_width, tokenizer_hash
+from saehub.activations.widths import site_width
+from saehub.data.model import ModelHandle, fingerprint, local_files, read_shape, shape_of, tokenizer_hash
 from saehub.errors import FormatError, SaehubError, StageFailed, UsageError
 from saehub.sites import Site
 
