@@ -20,4 +20,4 @@ def configured(registered: Registered, config: Any) -> Any:
         return config if cls else None
     from saehub.recipe.check import make_config
 
-    return makeconfigured(registered, config or {})
+    return make_config(registered, config or {})
