@@ -68,27 +68,34 @@ class ConformanceReport:
 
 
 def run_checks(
-    kind: str, component: str, checks: Sequence[tuple[str, Callable[[], str | None]]], only: Collection[str] | None = None
+    kind: str, component: str, checks: Sequence[tuple[str, Callable[[], str | None]]], only: Collection[str] | None = None,
+    close: Callable[[], None] = lambda: None,
 ) -> ConformanceReport:
     """Call every check (or those named in `only`); a returned string is the detail of a kept promise, anything raised is a broken one.
 
-    What a check leaves behind in the process (gradient mode, threads, random states) is put back, so that the next one starts clean.
+    What a check leaves behind in the process (gradient mode, threads, random states) is put back, so that the next one starts clean. `close` is called at the end.
     """
     unknown = sorted(set(only or ()) - {name for name, _ in checks})
     if unknown:
         raise UsageError(f"there is no check {unknown[0]!r}", fix=f"one of: {', '.join(name for name, _ in checks)}")
     rows = []
-    for name, check in checks:
-        if only is not None and name not in only:
-            continue
-        try:
-            with _put_back():
-                rows.append(Check(name, True, check() or ""))
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:  # noqa: BLE001  SystemExit too: the component under test must not end the suite
-            rows.append(Check(name, False, _seen(error)))
+    try:
+        for name, check in checks:
+            if only is None or name in only:
+                rows.append(_run_check(name, check))
+    finally:
+        close()
     return ConformanceReport(kind, component, tuple(rows))
+
+
+def _run_check(name: str, check: Callable[[], str | None]) -> Check:
+    try:
+        with _put_back():
+            return Check(name, True, check() or "")
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # noqa: BLE001  SystemExit too: the component under test must not end the suite
+        return Check(name, False, _seen(error))
 
 
 def _seen(error: BaseException) -> str:
@@ -114,10 +121,23 @@ class Subject:
     cls: type
     config: Any
     registered: Registered | None = None
+    _components: Any = None
 
-    def make(self) -> Any:
-        """A fresh instance."""
-        return self.cls(self.config)
+    def make(self, config: Any = None) -> Any:
+        """A fresh instance (with other settings): here, or in the plugin's worker where the registration `requires` a library, as in a run."""
+        config = self.config if config is None else config
+        if self.registered is None or not self.registered.component.requires:
+            return self.cls(config)
+        if self._components is None:
+            from saehub.pipeline.components import Components
+
+            self._components = Components()
+        return self._components.make(self.registered, config)
+
+    def close(self) -> None:
+        """End the worker, if there was one."""
+        if self._components is not None:
+            self._components.close()
 
     @property
     def config_check(self) -> Callable | None:
@@ -132,7 +152,9 @@ def resolve(kind: str, component: Any, with_: Mapping[str, Any] | None = None) -
     if isinstance(component, Registered):
         if component.kind != kind:
             raise UsageError(f"{component.address} is a {component.kind}, not a {kind}", fix=f"saehub.testing.check_{component.kind}")
-        cls = component.load()
+        catalog().require(component)
+        # A wrapped library is imported in its worker only; the exporters' codecs are light and are used here.
+        cls = object if component.component.requires and kind != "exporter" else component.load()
         if component.component.config is None:
             return Subject(kind, component.address, cls, None, component)
         from saehub.recipe.check import make_config
@@ -158,7 +180,13 @@ def registration_is_light(subject: Subject) -> str:
         heavy = ("torch", *registered.component.requires)
     else:
         modules, heavy = ([] if subject.config is None else [type(subject.config).__module__]), ("torch",)
-    code = f"import sys, importlib\nfor name in {modules!r}: importlib.import_module(name)\nprint(*[m for m in {heavy!r} if m in sys.modules])"
+    files = {name: getattr(sys.modules.get(name), "__file__", None) for name in modules}  # a script or a test file is not on the path
+    code = (
+        f"import sys, importlib.util, runpy\nfor name, file in {files!r}.items():\n"
+        "    try: __import__(name) if name != '__main__' else runpy.run_path(file)\n"
+        "    except ModuleNotFoundError as error:\n        if not file or error.name not in (name, name.partition('.')[0]): raise\n        runpy.run_path(file)\n"
+        f"print(*[m for m in {heavy!r} if m in sys.modules])"
+    )
     path = [entry for entry in sys.path if entry]
     done = subprocess.run(
         [sys.executable, "-c", f"import sys; sys.path[:0] = {path!r}\n{code}"], capture_output=True, text=True, timeout=120, check=False
@@ -172,7 +200,7 @@ def _plugin_module(registered: Registered) -> str:
     from importlib import metadata
 
     for point in metadata.entry_points(group="saehub.plugins"):
-        if point.name == registered.plugin:
+        if point.name == registered.plugin and point.dist is not None and point.dist.name == registered.distribution:
             return point.module
     return registered.component.target.partition(":")[0].partition(".")[0]
 

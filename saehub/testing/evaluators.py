@@ -76,11 +76,6 @@ class Bench:
 
     def rows(self, context: HubEvalContext) -> list[Measurement]:
         """The evaluator's measurements, from its plugin's worker where it has one."""
-        registered = self.subject.registered
-        if registered is not None and registered.component.requires:
-            from saehub.pipeline.components import call_component
-
-            return list(call_component(registered, self.subject.config, "evaluate", context=context))
         return list(self.subject.make().evaluate(context))
 
     def measured(self, ids: tuple[str, ...] | None = None, lm_batch: int = 4) -> list[Measurement]:
@@ -119,7 +114,7 @@ def check_evaluator(
             ("SAEs and model untouched", lambda: _untouched(bench)),
             ("what does not fit is not measured", lambda: _misfit(bench)),
         ]
-        return run_checks("evaluator", subject.name, checks, only)
+        return run_checks("evaluator", subject.name, checks, only, subject.close)
 
 
 def _measures(bench: Bench) -> str:

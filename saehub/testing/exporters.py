@@ -46,7 +46,7 @@ class Bench:
 
     def __init__(self, subject: Subject, folder: Path, saes: Mapping[str, SAE] | None):
         self.subject, self.folder, self._saes = subject, folder, saes
-        self.exporter = subject.make()
+        self.exporter = subject.cls(subject.config)  # reading and writing are the hub's own code, so they are tried here
         self.refused: dict[str, str] = {}
         self._fresh = 0
 
@@ -105,7 +105,7 @@ def check_exporter(
             ("files need no library", lambda: _no_library(bench)),
             ("nothing mutated", lambda: _untouched(bench)),
         ]
-        return run_checks("exporter", subject.name, checks, only)
+        return run_checks("exporter", subject.name, checks, only, subject.close)
 
 
 def _writes_or_refuses(bench: Bench) -> str:
@@ -209,11 +209,7 @@ def _own_code(bench: Bench) -> str:
 
     registered, worst = bench.subject.registered, 0.0
     if registered is not None and registered.component.requires:
-        from saehub.pipeline.components import Components
-
-        with Components() as components:
-            remote = components.make(registered, bench.subject.config)
-            worst = _compare(bench, remote.run, rows_for)
+        worst = _compare(bench, bench.subject.make().run, rows_for)
     else:
         worst = _compare(bench, bench.exporter.run, rows_for)
     return f"{len(bench.written)} SAEs, reconstruction within {worst:.1g}"

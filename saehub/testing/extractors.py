@@ -97,7 +97,7 @@ def check_extractor(
         ]
         if stage is not None:
             checks.append(("equals a plain hook", lambda: _plain_hook(bench, tolerance)))
-        return run_checks("extractor", subject.name, checks, only)
+        return run_checks("extractor", subject.name, checks, only, subject.close)
 
 
 def as_tensors(rows: Rows) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saehub.api import Job, Trainer, TrainerSession
+from saehub.api import CalibrationRows, Job, Trainer, TrainerSession
 from saehub.errors import UsageError
 from saehub.testing.conformance import (
     ConformanceReport,
@@ -33,18 +33,6 @@ SHORT = 24
 """Steps of the runs that are compared bit for bit."""
 
 
-class Pool:
-    """Calibration rows, as the hub gives them: the first n, or an error that says how many exist."""
-
-    def __init__(self, x_ND: Tensor, y_ND: Tensor | None = None):
-        self.x_ND, self.y_ND = x_ND, y_ND
-
-    def __call__(self, n: int) -> tuple[Tensor, Tensor | None]:
-        if n > len(self.x_ND):
-            raise UsageError(f"{n} calibration rows were asked for, {len(self.x_ND)} exist", fix="raise extract.calibration")
-        return self.x_ND[:n], None if self.y_ND is None else self.y_ND[:n]
-
-
 class Bench:
     """Planted data, a job over it, and short runs of the trainer under test."""
 
@@ -55,7 +43,7 @@ class Bench:
         self.batch = int(getattr(subject.config, "batch", 256))
         rows = steps * self.batch
         x_ND, self.dictionary_FD = planted(rows + 8192, d, n_features, l0, seed=3)
-        self.x_ND, self.pool = x_ND[:rows].to(device), Pool(x_ND[rows:].to(device))
+        self.x_ND, self.pool = x_ND[:rows].to(device), CalibrationRows(x_ND[rows:].to(device))
         self.pristine = self.pool.x_ND.clone()
         self.job = Job(
             id="conformance", site="resid_post.0", target_site=None, d_in=d, d_out=d, steps=steps, batch=self.batch, rows=rows, seed=0, device=device
@@ -123,7 +111,7 @@ def check_trainer(
         ("warm start done or refused", lambda: _warm_start(bench)),
         ("finds planted features", lambda: _recovers(bench, recover)),
     ]
-    return run_checks("trainer", subject.name, checks, only)
+    return run_checks("trainer", subject.name, checks, only, subject.close)
 
 
 def _problems(bench: Bench, job: Job) -> list[str] | None:
@@ -287,7 +275,7 @@ def _transcoder(bench: Bench) -> str:
     y_ND, _ = planted(len(bench.x_ND) + len(bench.pool.x_ND), bench.job.d_in + 8, len(bench.dictionary_FD), 4.0, seed=4)
     job = bench.short(id="conformance-t", target_site="mlp_out.0", d_out=y_ND.shape[1])
     y_ND = y_ND.to(bench.x_ND.device)
-    pool = Pool(bench.pool.x_ND, y_ND[len(bench.x_ND) :])
+    pool = CalibrationRows(bench.pool.x_ND, y_ND[len(bench.x_ND) :])
     problems = _problems(bench, job)
     if problems:
         raises_cleanly(lambda: bench.subject.make().open(job, pool), "open() with a job that check(job) refuses")
@@ -319,7 +307,7 @@ def _refuses(bench: Bench, subject: Subject, component: Any, with_: Mapping[str,
     problems = _problems(bench, impossible)
     expect(problems, "check(job) accepts an autoencoder with d_in != d_out (and no target site)")
     raises_cleanly(lambda: bench.open(impossible), "open() with a job that check(job) refuses")
-    few = Pool(bench.pool.x_ND[:2])
+    few = CalibrationRows(bench.pool.x_ND[:2])
     try:
         subject.make().open(bench.short(), few)
     except Exception as error:
@@ -335,7 +323,7 @@ def _refuses(bench: Bench, subject: Subject, component: Any, with_: Mapping[str,
                 continue  # refused by validation, earlier still
         found = list(config.check(bench.job)) if hasattr(config, "check") else []
         expect(found, f"check(job) accepts {dict(settings)}")
-        raises_cleanly(lambda config=config: subject.cls(config).open(bench.job, bench.pool), f"open() with {dict(settings)}")
+        raises_cleanly(lambda config=config: subject.make(config).open(bench.job, bench.pool), f"open() with {dict(settings)}")
     return problems[0]
 
 

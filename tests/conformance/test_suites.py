@@ -198,6 +198,28 @@ def test_a_lying_trainer_is_caught(name):
         report.raise_if_failed()
 
 
+def test_a_trainer_that_requires_a_library_is_checked_in_its_worker(tmp_path, monkeypatch):
+    """The suite goes the way of a run: rows, states and SAEs cross to the worker process and back."""
+    from saehub.plugins import catalog
+
+    (tmp_path / "boxed_plugin.py").write_text(
+        "from saehub import Component, hookimpl\n\n@hookimpl\ndef saehub_trainers():\n"
+        "    return [Component('toy', 'saehub.testing.components:ToyTrainer', config='saehub.testing.settings:ToyTrain', requires=('colorsys',))]\n"
+    )
+    info = tmp_path / "saehub_boxed-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: saehub-boxed\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[saehub.plugins]\nboxed = boxed_plugin\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    catalog.cache_clear()
+    try:
+        wanted = ["registration imports no torch", "same job, same bytes", "save and restore", "a valid SAE", "impossible jobs refused"]
+        report = check_trainer("boxed/toy", {"latents": 80, "batch": 32}, steps=30, refuses=[{"k": 1000}], only=wanted)
+    finally:
+        catalog.cache_clear()
+    assert report.ok and len(report.checks) == len(wanted), str(report)
+
+
 def test_planted_features_are_told_from_random_ones():
     """The bound of 0.8 lies far above what random decoder rows reach, and below what the toy trainer reaches."""
     from saehub.testing import mmcs, planted
@@ -441,7 +463,7 @@ class Thawed:
 def test_settings_that_can_be_changed_are_caught():
     report = check_trainer((toys.ToyTrainer, Thawed()), steps=30, recover=0.0, only=["settings are frozen data", "registration imports no torch"])
     assert "settings are frozen data" in broken(report)
-    assert "registration imports no torch" in broken(report)  # this module, which defines the settings, imports torch
+    assert "imports torch" in str(report)  # this module, which defines the settings, does
 
 
 def test_a_report_is_a_table_and_plain_data():
