@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from saehub.cli.talk import State, clean, out_json, plain, say, style
-from saehub.errors import MissingDependency, RecipeError, SaehubError, StageFailed, UsageError
+from saehub.errors import Interrupted, MissingDependency, RecipeError, SaehubError, StageFailed, UsageError
 
 OK, FAILED, USAGE, MISSING, STAGE, INTERRUPTED = 0, 1, 2, 3, 4, 130
 READER_GONE = 141
@@ -95,7 +95,8 @@ def show(error: SaehubError) -> None:
     """The error in words on stderr: all problems of a recipe first, then what, where, why, fix and the library's own words."""
     for problem in getattr(error, "problems", ()):
         show_problem(problem)
-    say(style("error", fg="red", bold=True) + ": " + _hang(clean(error.what), 7))
+    label = style("interrupted", fg="yellow", bold=True) if isinstance(error, Interrupted) else style("error", fg="red", bold=True)
+    say(f"{label}: " + _hang(clean(error.what), 7))
     for label, text in (("where", error.where), ("why", error.why), ("fix", error.fix)):
         if text:
             say(style(f"{label:>5}", bold=label == "fix", dim=label != "fix") + ": " + _hang(clean(text), 7))

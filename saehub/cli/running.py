@@ -198,6 +198,4 @@ def line(event: Any, took: str = "") -> str:
         return f"{event.stage}: {text}" if event.stage else text
     if event.kind == "warning":
         return style("warning", fg="yellow") + f": {event.stage + ': ' if event.stage else ''}{text}"
-    if event.kind == "interrupted":
-        return "interrupted; the state is saved, and the same command goes on"
-    return ""
+    return ""  # `interrupted` is told by the error that follows it

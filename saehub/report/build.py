@@ -73,7 +73,7 @@ def page(run: RunFolder) -> dict[str, Any]:
         "not_measured": card.not_measured(run),
         "limits": card.limits(run),
         "checkpoints": [(name, f"checkpoints/{name}", _saved(run, name)) for name in run.checkpoints()],
-        "exports": [(form, name, f"exports/{form}/{name}") for form, entries in run.exports().items() for name in entries],
+        "exports": [(form, name, f"exports/{form}/{name}", card.certificate(run, f"{form}/{name}")) for form, entries in run.exports().items() for name in entries],
         "definitions": definitions.texts(run.measurements),
     }
 

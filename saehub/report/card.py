@@ -64,6 +64,8 @@ def _sections(run: RunFolder) -> Iterator[tuple[str, Iterable[tuple[str, Any]]]]
     yield "Activations", _activations(card)
     for name, entry in (card.get("saes") or {}).items():
         yield f"SAE {name}", _sae(entry or {}, run.path / "checkpoints" / name)
+    if card.get("exports"):
+        yield "Exports", [(name, certificate(run, name)) for name in card["exports"]]
     yield "Machine", _machine(card)
     yield "Run", _run(run)
 
@@ -183,6 +185,12 @@ def limits(run: RunFolder) -> list[str]:
     if any(entry.get("trainer") for entry in (card.get("saes") or {}).values() if entry):
         found.append("standard errors are over evaluation sequences; how another training seed would come out was not measured")
     return found
+
+
+def certificate(run: RunFolder, export: str) -> str:
+    """What is known of an export (`saelens/native-k32`): its certificate's outcome and reason; `not verified` where there is none."""
+    entry = (run.card.get("exports") or {}).get(export) or {}
+    return ": ".join(str(entry[name]) for name in ("outcome", "reason") if entry.get(name)) or "not verified"
 
 
 def _words(value: Any) -> str:

@@ -51,7 +51,7 @@ def test_exit_code_and_words(broken, kind):
     assert said.code == CODES[kind]
     assert said.out == ""
     assert said.err == (
-        "error: what it is\nwhere: here.yaml:3:4\n  why: 32 expected, 31 found\n  fix: saehub doctor\n said: | ValueError: no\n       | really\n"
+        f"{'interrupted' if kind is errors.Interrupted else 'error'}: what it is\nwhere: here.yaml:3:4\n  why: 32 expected, 31 found\n  fix: saehub doctor\n said: | ValueError: no\n       | really\n"
     )
 
 

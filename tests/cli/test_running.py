@@ -47,7 +47,7 @@ def test_stages_take_turns():
         (Event("log", None, {"text": "loading"}), "loading"),
         (Event("log", "train/a", {"text": "going on"}), "train/a: going on"),
         (Event("warning", "train/a", {"text": "resume: inexact"}), "warning: train/a: resume: inexact"),
-        (Event("interrupted", None, {}), "interrupted; the state is saved, and the same command goes on"),
+        (Event("interrupted", None, {"error": {"what": "stopped"}}), ""),
         (Event("run_started", None, {}), ""),
         (Event("run_finished", None, {}), ""),
     ],

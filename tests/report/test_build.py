@@ -94,7 +94,16 @@ def test_a_resumed_training_is_drawn_once(fake_run, tmp_path):
 def test_how_to_load_it(fake_run, page, tmp_path):
     code = [element.text for element in parse(page).iter("code")]
     assert any(f'saehub.load("{tmp_path}/topk-llama-1a2b/checkpoints/native-k32")' in snippet for snippet in code)
-    assert "exports/saelens/native-k32" in page
+    (table,) = [table for table in parse(page).iter("table") if table.get("class") == "plain"]
+    rows = [[cell.text for cell in row] for row in table.iter("tr")]
+    assert rows[1] == ["saelens", "native-k32", "exports/saelens/native-k32", "verified by the target's library"]
+
+
+def test_an_export_without_a_certificate_is_not_called_verified(fake_run, tmp_path):
+    run = fake_run.write(tmp_path / "r")
+    fake_run.dump(run / "run_card.json", {**fake_run.card(), "exports": {"saelens/native-k32": {"outcome": "inconclusive", "reason": "only 3 % of the rows activate any latent"}}})
+    assert card.certificate(RunFolder(run), "saelens/native-k32") == "inconclusive: only 3 % of the rows activate any latent"
+    assert card.certificate(RunFolder(run), "sparsify/native-k32") == "not verified"
 
 
 def test_hostile_words_stay_words(fake_run, tmp_path):
