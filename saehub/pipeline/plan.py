@@ -60,6 +60,8 @@ class Plan:
     fingerprint: str | None
     warnings: tuple[str, ...] = ()
     totals: dict[str, Any] = field(default_factory=dict)
+    out: Path | None = None
+    """The run folder that was asked for."""
 
     @property
     def store(self) -> Store:
@@ -164,7 +166,7 @@ class _Planner:
         run_key = keys.stage_key("run", name=recipe.name, stages=[stage.key for stage in self.stages])
         run_dir = Path(self.out).absolute() if self.out else self.base / "runs" / f"{recipe.name}-{run_key[:8]}"
         return Plan(
-            recipe, self.catalog, self.base, run_dir, tuple(self.stages), self.model, self.shape, self.fingerprint, tuple(self.warnings), totals
+            recipe, self.catalog, self.base, run_dir, tuple(self.stages), self.model, self.shape, self.fingerprint, tuple(self.warnings), totals, self.out
         )
 
     # What the recipe is about

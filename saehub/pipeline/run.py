@@ -56,6 +56,7 @@ def run_recipe(recipe: str | Path, *, set: Mapping[str, Any] | Iterable[str] = (
 def run(plan: Plan, listeners: Iterable[Listener] = (), *, recipe_text: str | None = None) -> RunResult:
     """Do what `plan` says. Raises the first stage's error at the end; other stages' results are kept."""
     started = time.monotonic()
+    plan = _ready(plan)
     for stage in plan.stages:
         if stage.component and not stage.cached:
             plan.catalog.require(plan.catalog.find(_kind_of(stage), stage.component))
@@ -82,6 +83,21 @@ def run(plan: Plan, listeners: Iterable[Listener] = (), *, recipe_text: str | No
         log.close()
     checkpoints = {path.name: path for path in sorted((plan.run_dir / "checkpoints").glob("*"))}
     return RunResult(plan.run_dir, tuple(measurements), checkpoints, time.monotonic() - started)
+
+
+def _ready(plan: Plan) -> Plan:
+    """Check what only matters once work starts: the device, and the model, which is fetched if it was planned from declared sizes."""
+    if plan.model is None or all(stage.cached for stage in plan.stages):
+        return plan
+    from saehub.data.model import read_config, resolve_device
+    from saehub.pipeline.plan import make_plan
+
+    fetched = "@?" in (plan.fingerprint or "")
+    if fetched:
+        read_config(plan.model.name, plan.model.revision, fetch=True)
+    resolve_device(plan.model.device)
+    # Keys hold the commit that the name stands for, which is known only now.
+    return make_plan(plan.recipe, plan.catalog, base=plan.base, out=plan.out) if fetched else plan
 
 
 def _kind_of(stage: Stage) -> str:

@@ -13,6 +13,7 @@ from saehub.errors import StageFailed
 from saehub.jsonio import read_json, write_json_atomic
 
 MANIFEST = "manifest.json"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, quota, limit on the size of a file
 
 
 def home() -> Path:
@@ -97,16 +98,15 @@ def disk_errors(where: Path) -> Iterator[None]:
     except OSError as error:
         raise (disk_error(error, where) or error) from error
     except Exception as error:
-        # safetensors reports a full disk as its own exception with the system's words in it.
-        text = str(error)
-        if "No space left" in text or "os error 28" in text:
+        text = str(error)  # safetensors reports the system's error as its own exception, with the number in its words
+        if any(f"os error {number})" in text for number in FULL):
             raise _full(where, text) from error
         raise
 
 
 def disk_error(error: OSError, where: Path) -> StageFailed | None:
     """The StageFailed for a disk error, or None where it is another kind of error."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in FULL:
         return _full(where, str(error))
     if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
         return StageFailed(f"{where} cannot be written", why=str(error), fix="choose another folder: export SAEHUB_HOME=/path/with/space")
@@ -115,7 +115,7 @@ def disk_error(error: OSError, where: Path) -> StageFailed | None:
 
 def _full(where: Path, why: str) -> StageFailed:
     return StageFailed(
-        f"the disk that holds {where} is full",
+        f"the disk that holds {where} is full, or a quota is used up",
         why=why,
         fix="saehub runs gc frees what no run needs; or move the store: export SAEHUB_HOME=/path/with/space. Finished stages are kept; the same command goes on",
     )
