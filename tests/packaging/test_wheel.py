@@ -179,7 +179,7 @@ def test_the_embedded_model_loads_from_the_wheel(clean, tmp_path):
 
 def test_pytest_elsewhere_is_not_disturbed(clean, tmp_path):
     (tmp_path / "test_theirs.py").write_text(
-        "import sys\n\ndef test_light():\n    assert not {'torch', 'numpy', 'transformers', 'saehub.plugins', 'saehub.api'} & set(sys.modules)\n"
+        "import sys\n\ndef test_light():\n    assert not {'torch', 'transformers', 'saehub.plugins', 'saehub.api'} & set(sys.modules)\n"
     )
     done = run([clean / "python", "-m", "pytest", "-q", "-p", "no:cacheprovider", tmp_path], **outside(tmp_path))
     assert "1 passed" in done.stdout
