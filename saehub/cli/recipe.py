@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 NAME = click.argument("name", metavar="FILE|NAME")
 OUT = click.option("--out", type=click.Path(path_type=Path, file_okay=False), metavar="DIR", help="The run folder (default: a new one below .saehub/runs).")
-STRICT = click.option("--strict-cache", is_flag=True, help="Do not reuse results made on another device or with other versions.")
+STRICT = click.option("--strict-cache", is_flag=True, help="Do not reuse results that were made with other library versions.")
 
 
 @click.group(cls=Group)

@@ -116,6 +116,15 @@ def test_a_bad_set_says_which(saehub, good):
     assert "--set train.b.with.k=3" in said.out
 
 
+@pytest.mark.parametrize("verb", ["plan", "run"])
+def test_what_only_a_plan_can_see_has_its_place_too(saehub, tmp_path, verb):
+    path = tmp_path / "wide.yaml"
+    path.write_text(GOOD.replace("k: 32", "k: 320, expansion: 1"))
+    said = saehub("recipe", verb, path)
+    assert said.code == 2
+    assert f"{path}:8:" in said.err and "160" in said.err and "Traceback" not in said.err
+
+
 # ---------------------------------------------------------------- missing libraries
 
 
