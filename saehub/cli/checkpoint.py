@@ -26,7 +26,18 @@ MODEL = click.option("--model", metavar="MODEL", help="builtin/tiny-llama, a Hug
 @click.option("--no-verify", is_flag=True, help="Skip the certificate; the result says `unverified`.")
 @click.option("--push", metavar="hf://ORG/REPO", help="Upload the result (no component does this yet).")
 @json_option()
-def convert(source: str, destination: Path, to: str, from_: str | None, model: str | None, allow_lossy: bool, keep_original: bool, no_verify: bool, push: str | None, as_json: bool) -> int:
+def convert(
+    source: str,
+    destination: Path,
+    to: str,
+    from_: str | None,
+    model: str | None,
+    allow_lossy: bool,
+    keep_original: bool,
+    no_verify: bool,
+    push: str | None,
+    as_json: bool,
+) -> int:
     """Write a checkpoint in another library's format, with a certificate.
 
     The certificate (DST/conversion.json) compares source and target, each run by its own library, on the same rows.
@@ -37,7 +48,9 @@ def convert(source: str, destination: Path, to: str, from_: str | None, model: s
     from saehub.checkpoint.convert import convert as do
     from saehub.cli.failure import FAILED, OK
 
-    certificate = do(source, destination, to, from_=from_, model=model, allow_lossy=allow_lossy, keep_original=keep_original, verify=not no_verify)
+    certificate = do(
+        source, destination, to, from_=from_, model=model, allow_lossy=allow_lossy, keep_original=keep_original, verify=not no_verify
+    )
     if as_json:
         out_json({"certificate": certificate.to_json()})
     else:
@@ -107,5 +120,9 @@ def words(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {f'({words(item)})' if isinstance(item, (Mapping, list)) else words(item)}" for name, item in value.items() if item not in (None, {}, []))
+        return ", ".join(
+            f"{name} {f'({words(item)})' if isinstance(item, (Mapping, list)) else words(item)}"
+            for name, item in value.items()
+            if item not in (None, {}, [])
+        )
     return ", ".join(map(words, value)) if isinstance(value, list) else str(value)

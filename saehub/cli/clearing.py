@@ -71,7 +71,12 @@ def remove(base: Path, entries: Iterable[Entry]) -> None:
     """Remove them, unless a run is at work: it could be about to use one."""
     busy = at_work(base)
     if busy:
-        raise StageFailed("a run is at work in this store", where=busy, why="it may be about to read what would be removed", fix="wait for it to end, or stop it; then: saehub runs gc --yes")
+        raise StageFailed(
+            "a run is at work in this store",
+            where=busy,
+            why="it may be about to read what would be removed",
+            fix="wait for it to end, or stop it; then: saehub runs gc --yes",
+        )
     for entry in entries:
         shutil.rmtree(entry.path) if entry.path.is_dir() else entry.path.unlink()
 

@@ -124,7 +124,12 @@ def _disk() -> Iterator[Finding]:
         yield Finding("disk", "failed", f"{exists} cannot be written", "export SAEHUB_HOME=/a/folder/you/may/write")
         return
     low = free < LOW_DISK
-    yield Finding("disk", "warning" if low else "ok", f"{numbers.size(free)} free for {base}", "saehub runs gc, or export SAEHUB_HOME=/path/with/space" if low else None)
+    yield Finding(
+        "disk",
+        "warning" if low else "ok",
+        f"{numbers.size(free)} free for {base}",
+        "saehub runs gc, or export SAEHUB_HOME=/path/with/space" if low else None,
+    )
 
 
 def _hugging_face() -> Iterator[Finding]:

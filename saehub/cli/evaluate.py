@@ -15,19 +15,38 @@ from saehub.cli.talk import out_json, say
 @click.argument("checkpoint", metavar="CKPT")
 @click.option("--with", "evaluator", required=True, metavar="EVALUATOR", help="The evaluator, such as native/core.")
 @click.option("--model", metavar="MODEL", help="The language model (default: the one that the checkpoint names).")
-@click.option("--data", "data", metavar="SOURCE", multiple=True, help="Text: builtin/…, a file, a folder, an HF dataset; NAME=SOURCE names it (repeatable). Default: held-out text of its training.")
+@click.option(
+    "--data",
+    "data",
+    metavar="SOURCE",
+    multiple=True,
+    help="Text: builtin/…, a file, a folder, an HF dataset; NAME=SOURCE names it (repeatable). Default: held-out text of its training.",
+)
 @click.option("--tokens", type=click.IntRange(min=1), default=32_768, show_default=True, help="Activation rows of each dataset.")
 @click.option("--set", "settings", metavar="KEY=V", multiple=True, help="A setting of the evaluator (repeatable).")
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), metavar="DIR", help="The run folder (default: a new one below .saehub/runs).")
+@click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False), metavar="DIR", help="The run folder (default: a new one below .saehub/runs)."
+)
 @json_option()
-def evaluate(checkpoint: str, evaluator: str, model: str | None, data: tuple[str, ...], tokens: int, settings: tuple[str, ...], out: Path | None, as_json: bool) -> int:
+def evaluate(
+    checkpoint: str,
+    evaluator: str,
+    model: str | None,
+    data: tuple[str, ...],
+    tokens: int,
+    settings: tuple[str, ...],
+    out: Path | None,
+    as_json: bool,
+) -> int:
     """Measure one checkpoint with one evaluator."""
     from saehub.cli.failure import OK, STAGE
     from saehub.cli.running import watcher
     from saehub.pipeline import single
 
     with watcher() as watch:
-        result = single.evaluate(checkpoint, evaluator, model=model, data=data, tokens=tokens, with_=dict(map(_setting, settings)), out=out, listeners=(watch,))
+        result = single.evaluate(
+            checkpoint, evaluator, model=model, data=data, tokens=tokens, with_=dict(map(_setting, settings)), out=out, listeners=(watch,)
+        )
     if as_json:
         out_json({"run_dir": str(result.run_dir), "measurements": result.results})
     else:

@@ -6,6 +6,7 @@ import errno
 import os
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 import click
@@ -28,7 +29,7 @@ def tell(error: BaseException, state: State) -> int:
         return READER_GONE
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else (OK if error.code is None else STAGE)
-    if os.environ.get("SAEHUB_TRACE"):
+    if os.environ.get("SAEHUB_TRACE") not in (None, "", "0"):
         say("".join(traceback.format_exception(error)).rstrip())
     if isinstance(error, (KeyboardInterrupt, click.Abort)):
         say(style("interrupted", fg="yellow") + ": what was finished is kept; the same command goes on from there")
@@ -36,10 +37,8 @@ def tell(error: BaseException, state: State) -> int:
     known = as_known(error)
     show(known)
     if state.json:
-        try:
+        with suppress(BrokenPipeError):
             out_json({"error": to_json(known)})
-        except BrokenPipeError:
-            pass
     return known.exit_code
 
 
@@ -55,7 +54,9 @@ def as_known(error: BaseException) -> SaehubError:
         return UsageError(error.format_message(), fix="saehub --help")
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("saehub"):
         package = error.name.partition(".")[0]
-        return MissingDependency(f"the Python package {package!r} is not installed", where=frame(error), fix=f"pip install {package.replace('_', '-')}")
+        return MissingDependency(
+            f"the Python package {package!r} is not installed", where=frame(error), fix=f"pip install {package.replace('_', '-')}"
+        )
     if isinstance(error, OSError) and error.errno in SYSTEM:
         why, fix = SYSTEM[error.errno]
         what = f"the operating system refused {error.filename!r}" if error.filename else "the operating system refused"
@@ -69,7 +70,10 @@ def as_known(error: BaseException) -> SaehubError:
 
 
 SYSTEM = {
-    errno.ENOSPC: ("the disk is full", "free some space (`saehub runs gc` lists what can go), then run the same command again: it goes on from what is finished"),
+    errno.ENOSPC: (
+        "the disk is full",
+        "free some space (`saehub runs gc` lists what can go), then run the same command again: it goes on from what is finished",
+    ),
     errno.EDQUOT: ("the disk quota is used up", "free some space (`saehub runs gc` lists what can go), then run the same command again"),
     errno.EACCES: ("no permission", "choose a folder that you may write: SAEHUB_HOME=DIR, or --out DIR"),
     errno.EPERM: ("not permitted", "choose a folder that you may write: SAEHUB_HOME=DIR, or --out DIR"),
@@ -133,4 +137,3 @@ def problem_to_json(problem: object) -> dict:
 
 def _hang(text: str, indent: int) -> str:
     return text.replace("\n", "\n" + " " * indent)
-

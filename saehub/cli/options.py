@@ -26,7 +26,11 @@ def json_option(text: str = "Print one JSON object on stdout.") -> Callable[[Com
 def set_option(command: Command) -> Command:
     """`--set a.b=v`, repeatable, as the argument `overrides`."""
     return click.option(
-        "--set", "overrides", metavar="A.B=V", multiple=True, help="Change one setting of the recipe (repeatable), such as train.native-k32.with.k=64."
+        "--set",
+        "overrides",
+        metavar="A.B=V",
+        multiple=True,
+        help="Change one setting of the recipe (repeatable), such as train.native-k32.with.k=64.",
     )(command)
 
 

@@ -38,7 +38,10 @@ def ls(trace: bool, as_json: bool) -> None:
         say()
         render.table(
             ("component", "kind", "status", "what it does"),
-            [(item["address"], item["kind"], "ok" if not item["missing"] else f"missing {', '.join(item['missing'])}", item["summary"]) for item in components],
+            [
+                (item["address"], item["kind"], "ok" if not item["missing"] else f"missing {', '.join(item['missing'])}", item["summary"])
+                for item in components
+            ],
         )
     for fix in dict.fromkeys(item["install"] for item in components if item["install"]):
         say(f"to install what is missing: {fix}")
@@ -73,7 +76,15 @@ def _component(known: object, item: object) -> dict:
     except MissingDependency as error:
         install = error.fix
     entry = item.entry
-    return {"address": item.address, "kind": item.kind, "summary": entry.summary, "needs": list(entry.needs), "requires": list(entry.requires), "missing": missing, "install": install}
+    return {
+        "address": item.address,
+        "kind": item.kind,
+        "summary": entry.summary,
+        "needs": list(entry.needs),
+        "requires": list(entry.requires),
+        "missing": missing,
+        "install": install,
+    }
 
 
 def _provides(row: dict) -> str:
@@ -88,11 +99,18 @@ def _provides(row: dict) -> str:
 @click.argument("name")
 def check(name: str) -> None:
     """Run the conformance suite on a plugin's components (no component does this yet)."""
-    raise not_yet("plugins check", f"subclass the suites of saehub.testing in the plugin's own tests; `saehub plugins ls --trace` shows whether {name} loads")
+    raise not_yet(
+        "plugins check",
+        f"subclass the suites of saehub.testing in the plugin's own tests; `saehub plugins ls --trace` shows whether {name} loads",
+    )
 
 
 @plugins.command("new")
 @click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
 def new(directory: Path) -> None:
     """Start a plugin from the template (no component does this yet)."""
-    raise not_yet("plugins new", "write a module with @saehub.hookimpl functions and an entry point in the group saehub.plugins; each docstring in saehub/hookspecs.py is a complete one")
+    raise not_yet(
+        "plugins new",
+        "write a module with @saehub.hookimpl functions and an entry point in the group saehub.plugins;\n"
+        "each docstring in saehub/hookspecs.py is a complete one",
+    )

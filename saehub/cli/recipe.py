@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from saehub.pipeline.plan import Plan
 
 NAME = click.argument("name", metavar="FILE|NAME")
-OUT = click.option("--out", type=click.Path(path_type=Path, file_okay=False), metavar="DIR", help="The run folder (default: a new one below .saehub/runs).")
+OUT = click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False), metavar="DIR", help="The run folder (default: a new one below .saehub/runs)."
+)
 STRICT = click.option("--strict-cache", is_flag=True, help="Do not reuse results that were made with other library versions.")
 
 
@@ -99,7 +101,14 @@ def check(name: str, overrides: tuple[str, ...], as_json: bool) -> int:
     kinds = [severity(problem) for problem in problems]
     code = USAGE if "error" in kinds or found is None else MISSING if "missing" in kinds else OK
     if as_json:
-        out_json({"recipe": getattr(found, "name", None), "ok": code == OK, "exit_code": code, "problems": [problem_to_json(item) for item in problems]})
+        out_json(
+            {
+                "recipe": getattr(found, "name", None),
+                "ok": code == OK,
+                "exit_code": code,
+                "problems": [problem_to_json(item) for item in problems],
+            }
+        )
         return code
     for problem in problems:
         show_problem(problem, err=False)
@@ -145,18 +154,18 @@ def plan(name: str, overrides: tuple[str, ...], out: Path | None, strict_cache: 
 @click.option("--dry-run", is_flag=True, help="Only show the plan.")
 @json_option("Print every event as one JSON line on stdout; the last line is the summary.")
 @click.pass_context
-def run(ctx: click.Context, name: str, overrides: tuple[str, ...], out: Path | None, strict_cache: bool, dry_run: bool, as_json: bool) -> int:
+def run(
+    ctx: click.Context, name: str, overrides: tuple[str, ...], out: Path | None, strict_cache: bool, dry_run: bool, as_json: bool
+) -> int:
     """Run a recipe.
 
     What is finished is skipped, and the same command after an interruption goes on where it was.
     """
-    from saehub.cli.failure import MISSING
     from saehub.cli.running import run_plan
 
     if dry_run:
         return ctx.invoke(plan, name=name, overrides=overrides, out=out, strict_cache=strict_cache, as_json=as_json)
     made, missing = _plan(name, overrides, out, strict_cache)
-    _warn(made)
     if missing:
         raise MissingDependency(f"{name} was not started: {missing[0]['what']}", fix=missing[0]["fix"])
     return run_plan(made, recipe_text=_text(name, overrides), as_json=as_json)
@@ -167,7 +176,11 @@ def _text(name: str, overrides: tuple[str, ...]) -> str:
     from saehub.recipe import library
 
     text = Path(library.find(name)).read_text(encoding="utf-8")
-    return text if not overrides else text.rstrip("\n") + "\n\n# Run with:\n" + "".join(f"#   --set {shlex.quote(item)}\n" for item in overrides)
+    return (
+        text
+        if not overrides
+        else text.rstrip("\n") + "\n\n# Run with:\n" + "".join(f"#   --set {shlex.quote(item)}\n" for item in overrides)
+    )
 
 
 def _plan(name: str, overrides: tuple[str, ...], out: Path | None, strict_cache: bool) -> tuple[Plan, list[dict]]:

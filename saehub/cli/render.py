@@ -18,8 +18,12 @@ from saehub.cli.talk import clean, colour, interactive
 from saehub.report import numbers
 from saehub.report.table import Group, Row, dataset_label, footnote, groups, headlines, sizes
 
-STATUS = {"ok": "green", "cached": "green", "resume": "yellow", "run": "", "broken": "red", "failed": "red", "disabled": "dim", "not measured": "yellow", "undecided": "yellow",
-          "not verified": "yellow", "warning": "yellow", "missing": "yellow", "a better": "green", "b better": "green"}  # fmt: skip
+STATUS = {
+    **dict.fromkeys(("ok", "cached"), "green"),
+    **dict.fromkeys(("broken", "failed"), "red"),
+    **dict.fromkeys(("resume", "not measured", "undecided", "not verified", "inconclusive", "warning", "missing"), "yellow"),
+    "disabled": "dim",
+}
 """Words that have a colour wherever they fill a cell."""
 
 
@@ -119,7 +123,13 @@ def _group(group: Group) -> None:
     notes: list[str] = []
     for row in group.rows:
         cells = [_cell(row, name, notes) for name in group.datasets]
-        grid.add_row(text(row.metric), Text(row.arrow, style="dim"), *cells, text(sizes(row), "dim"), *([text(row.evaluator, "dim")] if len(makers) > 1 else []))
+        grid.add_row(
+            text(row.metric),
+            Text(row.arrow, style="dim"),
+            *cells,
+            text(sizes(row), "dim"),
+            *([text(row.evaluator, "dim")] if len(makers) > 1 else []),
+        )
     show(head)
     show(grid)
     for i, note in enumerate(notes, 1):
@@ -188,8 +198,12 @@ def totals(made: Any) -> list[tuple[str, str]]:
         shown = " + ".join(f"{numbers.size(n)} {name}" for name, n in parts if n)
         lines.append(("memory", f"about {numbers.size(cost['peak_memory'])} ({shown})"))
     if cost.get("activation_bytes"):
-        kept = {"spool": "on disk while the run lasts", "disk": "kept on disk", "none": "not stored"}.get(cost.get("store"), str(cost.get("store")))
-        lines.append(("activations", f"{numbers.size(cost['bytes_per_token'])} a token · {numbers.size(cost['activation_bytes'])} in all, {kept}"))
+        kept = {"spool": "on disk while the run lasts", "disk": "kept on disk", "none": "not stored"}.get(
+            cost.get("store"), str(cost.get("store"))
+        )
+        lines.append(
+            ("activations", f"{numbers.size(cost['bytes_per_token'])} a token · {numbers.size(cost['activation_bytes'])} in all, {kept}")
+        )
     if cost.get("disk_free") is not None:
         lines.append(("disk", f"{numbers.size(cost['disk_free'])} free"))
     cached = sum(stage.cached for stage in made.stages)
@@ -198,12 +212,21 @@ def totals(made: Any) -> list[tuple[str, str]]:
 
 
 DETAILS = {
-    "rows": lambda n: f"{numbers.count(n)} rows", "tokens": lambda n: f"{numbers.count(n)} tokens", "steps": lambda n: f"{numbers.count(n)} steps",
-    "batch": lambda n: f"batch {numbers.count(n)}", "context": lambda n: f"context {n}", "d_sae": lambda n: f"{numbers.count(n)} latents", "d_in": lambda n: f"width {n}",
-    "bytes": lambda n: f"disk {numbers.size(n)}", "disk": lambda n: f"disk {numbers.size(n)}", "memory": lambda n: f"memory {numbers.size(n)}",
-    "source": str, "site": str, "target_site": lambda name: f"→ {name}", "share": lambda shares: "" if len(shares) < 2 else f"shares {', '.join(f'{x:g}' for x in shares)}",
-    "datasets": lambda names: "on " + ", ".join(names), "seconds": lambda n: f"about {numbers.duration(n)}",
-}  # fmt: skip
+    "rows": lambda n: f"{numbers.count(n)} rows",
+    "tokens": lambda n: f"{numbers.count(n)} tokens",
+    "steps": lambda n: f"{numbers.count(n)} steps",
+    "batch": lambda n: f"batch {numbers.count(n)}",
+    "d_in": lambda n: f"width {n}",
+    "d_sae": lambda n: f"{numbers.count(n)} latents",
+    "bytes": lambda n: f"disk {numbers.size(n)}",
+    "memory": lambda n: f"memory {numbers.size(n)}",
+    "seconds": lambda n: f"about {numbers.duration(n)}",
+    "source": str,
+    "site": str,
+    "target_site": lambda name: f"→ {name}",
+    "share": lambda shares: "" if len(shares) < 2 else f"shares {', '.join(f'{share:g}' for share in shares)}",
+    "datasets": lambda names: "on " + ", ".join(names),
+}
 """How the numbers of a stage's `detail` are said; any other is `name value`."""
 
 
@@ -246,9 +269,17 @@ class Bars:
 
     def __init__(self, screen: Console | None = None):
         self._bars = Progress(
-            SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), TextColumn("{task.percentage:>3.0f}%", markup=False), _Metrics(), _Pace(),
-            console=screen or console(err=True), transient=True, redirect_stdout=False, redirect_stderr=True,
-        )  # fmt: skip
+            SpinnerColumn(),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
+            TextColumn("{task.percentage:>3.0f}%", markup=False),
+            _Metrics(),
+            _Pace(),
+            console=screen or console(err=True),
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=True,
+        )
         self._tasks: dict[str | None, Any] = {}
         self._began: dict[str | None, float] = {}
         self._pace = Pace()
@@ -276,5 +307,7 @@ class Bars:
                 self._bars.remove_task(self._tasks.pop(stage))
             words = line(event, took(event, event.t - self._began[stage] if stage in self._began else None) if ended else "")
             if words:
-                mark = {"stage_finished": ("✓ ", "green"), "stage_cached": ("✓ ", "green"), "stage_failed": ("✗ ", "red")}.get(event.kind, ("  ", ""))
+                mark = {"stage_finished": ("✓ ", "green"), "stage_cached": ("✓ ", "green"), "stage_failed": ("✗ ", "red")}.get(
+                    event.kind, ("  ", "")
+                )
                 self._bars.console.print(Text.assemble(mark, Text.from_ansi(words)))

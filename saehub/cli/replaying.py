@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +48,9 @@ def replay(run: RunFolder, folder: Path | None, *, as_json: bool) -> int:
     bad = [item for item in outcomes if item.verdict in ("differs", "missing")]
     verdict = "differs" if bad else "identical" if all(item.verdict == "identical" for item in outcomes) else "agrees"
     if as_json:
-        out_json_line({"schema": 1, "kind": "replay", "run": str(run.path), "replay": str(folder), "verdict": verdict, "outcomes": outcomes})
+        out_json_line(
+            {"schema": 1, "kind": "replay", "run": str(run.path), "replay": str(folder), "verdict": verdict, "outcomes": outcomes}
+        )
     else:
         _print(outcomes, verdict)
     return FAILED if bad else OK
@@ -60,19 +61,26 @@ def _recipe(run: RunFolder) -> Any:
     import yaml
 
     from saehub.plugins import catalog
-    from saehub.recipe.check import check
+    from saehub.recipe.check import check_text
 
     if not run.lock.get("recipe"):
-        raise UsageError(f"{run.path} cannot be replayed", why="it has no recipe.lock, which holds the recipe with all its settings", fix="keep recipe.lock beside run_card.json")
+        raise UsageError(
+            f"{run.path} cannot be replayed",
+            why="it has no recipe.lock, which holds the recipe with all its settings",
+            fix="keep recipe.lock beside run_card.json",
+        )
     if not run.measurements and not run.checkpoints():
         raise UsageError(f"{run.name} has nothing to compare with (status: {run.status})", fix="finish it first: run its recipe again")
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / f"{run.name}.yaml"
-        path.write_text(yaml.safe_dump(run.lock["recipe"], sort_keys=False, allow_unicode=True), encoding="utf-8")
-        found, problems = check(str(path), [], catalog())
+    text = yaml.safe_dump(run.lock["recipe"], sort_keys=False, allow_unicode=True)
+    found, problems = check_text(text, str(run.path / "recipe.lock"), (), catalog())
     errors = [problem for problem in problems if getattr(problem, "severity", "error") == "error"]
     if found is None or errors:
-        raise RecipeError(f"the recipe of {run.name} is not valid here", errors, why="written by another version, or its plugins are not installed", fix="saehub plugins ls")
+        raise RecipeError(
+            f"the recipe of {run.name} is not valid here",
+            errors,
+            why="written by another version, or its plugins are not installed",
+            fix="saehub plugins ls",
+        )
     return found
 
 
@@ -81,7 +89,10 @@ def _tell_changes(run: RunFolder, plan: Any) -> None:
     keys = {name: stage["key"] for name, stage in run.lock.get("stages", {}).items()}
     changed = [stage.id for stage in plan.stages if keys.get(stage.id) not in (None, stage.key)]
     if changed:
-        say(style("warning", fg="yellow") + f": other inputs than then (Python's own text, a model, a library or a component): {', '.join(changed)}")
+        say(
+            style("warning", fg="yellow")
+            + f": other inputs than then (Python's own text, a model, a library or a component): {', '.join(changed)}"
+        )
 
 
 def outcomes_of(first: RunFolder, second: RunFolder) -> list[Outcome]:
@@ -102,7 +113,12 @@ def outcomes_of(first: RunFolder, second: RunFolder) -> list[Outcome]:
     numbers_ = [_number(item) for item in differences]
     # Where every number agrees, other tensors are another machine's rounding, not another result.
     if numbers_ and all(item.verdict in ("identical", "agrees") for item in numbers_):
-        found = [Outcome(item.what, item.name, "agrees", f"{item.detail}; the numbers agree") if item.what == "tensors" and item.verdict == "differs" else item for item in found]
+        found = [
+            Outcome(item.what, item.name, "agrees", f"{item.detail}; the numbers agree")
+            if item.what == "tensors" and item.verdict == "differs"
+            else item
+            for item in found
+        ]
     return found + numbers_ + [Outcome("number", remark, "missing") for remark in remarks]
 
 
@@ -126,5 +142,9 @@ def _print(outcomes: list[Outcome], verdict: str) -> None:
     if other:
         render.table(("what", "name", "verdict", "detail"), [(item.what, item.name, item.verdict, item.detail) for item in other])
     say(f"{same} of {len(outcomes)} compared hashes and numbers are identical")
-    words = {"identical": "the run replays bit by bit", "agrees": "not bit-identical, but every number agrees within its error", "differs": "the run does not replay"}
+    words = {
+        "identical": "the run replays bit by bit",
+        "agrees": "not bit-identical, but every number agrees within its error",
+        "differs": "the run does not replay",
+    }
     say(style(words[verdict], fg={"identical": "green", "agrees": "yellow", "differs": "red"}[verdict]))

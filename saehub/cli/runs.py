@@ -49,12 +49,22 @@ def ls(as_json: bool) -> None:
 
     render.table(
         ("run", "status", "started", "took", "SAEs"),
-        [(row["name"], row["status"], numbers.moment(row["started"]), numbers.duration(row["seconds"]), ", ".join(row["saes"])) for row in rows],
+        [
+            (row["name"], row["status"], numbers.moment(row["started"]), numbers.duration(row["seconds"]), ", ".join(row["saes"]))
+            for row in rows
+        ],
     )
 
 
 def _row(run) -> dict:
-    return {"name": run.name, "path": str(run.path), "status": run.status, "started": run.when, "seconds": run.card.get("seconds"), "saes": list(run.checkpoints())}
+    return {
+        "name": run.name,
+        "path": str(run.path),
+        "status": run.status,
+        "started": run.when,
+        "seconds": run.card.get("seconds"),
+        "saes": list(run.checkpoints()),
+    }
 
 
 @runs.command("show")
@@ -98,7 +108,11 @@ def compare(first: str, second: str, as_json: bool) -> None:
     left, right = _find(first), _find(second)
     for run in (left, right):
         if not run.measurements:
-            raise UsageError(f"{run.name} has no measurements (status: {run.status})", where=str(run.path), fix="finish it: run its recipe again with the same command")
+            raise UsageError(
+                f"{run.name} has no measurements (status: {run.status})",
+                where=str(run.path),
+                fix="finish it: run its recipe again with the same command",
+            )
     differences, remarks = comparison.compare(left.measurements, right.measurements)
     if as_json:
         return out_json({"runs": [_row(left), _row(right)], "differences": differences, "remarks": remarks})
@@ -117,7 +131,13 @@ def compare(first: str, second: str, as_json: bool) -> None:
 
 @runs.command("replay")
 @click.argument("run", metavar="RUN_CARD")
-@click.option("--out", "folder", type=click.Path(path_type=Path, file_okay=False), metavar="DIR", help="Run folder of the replay (default: RUN-replay beside the run).")
+@click.option(
+    "--out",
+    "folder",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Run folder of the replay (default: RUN-replay beside the run).",
+)
 @json_option("Print every event as one JSON line on stdout; the last line is the comparison.")
 def replay(run: str, folder: Path | None, as_json: bool) -> int:
     """Run a finished run again, with nothing from the cache, and compare.
@@ -133,7 +153,13 @@ def replay(run: str, folder: Path | None, as_json: bool) -> int:
 
 @runs.command("gc")
 @click.option("--yes", is_flag=True, help="Remove them; without it they are only listed.")
-@click.option("--keep", multiple=True, type=click.Path(path_type=Path, exists=True, file_okay=False), metavar="DIR", help="A run folder elsewhere whose results stay in the store (repeatable).")
+@click.option(
+    "--keep",
+    multiple=True,
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    metavar="DIR",
+    help="A run folder elsewhere whose results stay in the store (repeatable).",
+)
 @json_option()
 def gc(yes: bool, keep: tuple[Path, ...], as_json: bool) -> None:
     """List what the store holds and no run folder needs; remove it with --yes.
@@ -154,5 +180,12 @@ def gc(yes: bool, keep: tuple[Path, ...], as_json: bool) -> None:
         return say(f"nothing to remove: every result in {base / 'store'} belongs to a run")
     from saehub.cli import render
 
-    render.table(("kind", "what", "size", "why"), [(entry.kind, entry.path.name, numbers.size(entry.bytes), entry.why) for entry in entries], right=["size"])
-    say(f"\n{'removed' if yes else 'would free'} {numbers.size(total)} in {len(entries)} {'entry' if len(entries) == 1 else 'entries'}" + ("" if yes else "; to remove them: saehub runs gc --yes"))
+    render.table(
+        ("kind", "what", "size", "why"),
+        [(entry.kind, entry.path.name, numbers.size(entry.bytes), entry.why) for entry in entries],
+        right=["size"],
+    )
+    say(
+        f"\n{'removed' if yes else 'would free'} {numbers.size(total)} in {len(entries)} {'entry' if len(entries) == 1 else 'entries'}"
+        + ("" if yes else "; to remove them: saehub runs gc --yes")
+    )

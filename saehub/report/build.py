@@ -40,7 +40,12 @@ def html(run: RunFolder) -> str:
     import jinja2
 
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_finalize
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_finalize,
     )
     return environment.get_template("report.html").render(page(run))
 
@@ -73,7 +78,11 @@ def page(run: RunFolder) -> dict[str, Any]:
         "not_measured": card.not_measured(run),
         "limits": card.limits(run),
         "checkpoints": [(name, f"checkpoints/{name}", _saved(run, name)) for name in run.checkpoints()],
-        "exports": [(form, name, f"exports/{form}/{name}", card.certificate(run, f"{form}/{name}")) for form, entries in run.exports().items() for name in entries],
+        "exports": [
+            (form, name, f"exports/{form}/{name}", card.certificate(run, f"{form}/{name}"))
+            for form, entries in run.exports().items()
+            for name in entries
+        ],
         "definitions": definitions.texts(run.measurements),
     }
 
@@ -102,9 +111,14 @@ def overview(groups: Iterable[table.Group]) -> dict[str, Any]:
     blank = table.Cell("", "")
     saes = []
     for group, rows in found:
-        cells = [[rows[name].cells.get(dataset, blank) if name in rows else blank for dataset in datasets] for name, (_, datasets) in columns.items()]
+        cells = [
+            [rows[name].cells.get(dataset, blank) if name in rows else blank for dataset in datasets]
+            for name, (_, datasets) in columns.items()
+        ]
         saes.append((" + ".join(group.subjects), group.site, cells))
-    heads = [(definitions.title(row), row.arrow, [table.dataset_label(dataset) for dataset in datasets]) for row, datasets in columns.values()]
+    heads = [
+        (definitions.title(row), row.arrow, [table.dataset_label(dataset) for dataset in datasets]) for row, datasets in columns.values()
+    ]
     return {"columns": heads, "saes": saes}
 
 
@@ -116,8 +130,19 @@ def result_table(group: table.Group) -> dict[str, Any]:
         cells = []
         for name in group.datasets:
             cell = row.cells.get(name)
-            cells.append(("", "", "", "") if cell is None else (cell.text, table.footnote(cell.remark, notes).strip(), cell.status, _tooltip(cell)))
-        rows.append({"metric": row.metric, "title": definitions.title(row), "arrow": row.arrow, "cells": cells, "n": table.sizes(row), "definition": row.definition})
+            cells.append(
+                ("", "", "", "") if cell is None else (cell.text, table.footnote(cell.remark, notes).strip(), cell.status, _tooltip(cell))
+            )
+        rows.append(
+            {
+                "metric": row.metric,
+                "title": definitions.title(row),
+                "arrow": row.arrow,
+                "cells": cells,
+                "n": table.sizes(row),
+                "definition": row.definition,
+            }
+        )
     makers = list(dict.fromkeys(f"{row.evaluator} {row.version}".strip() for row in group.rows))
     heads = [table.dataset_label(name) for name in group.datasets]
     return {"title": group.title, "makers": makers, "heads": heads, "rows": rows, "notes": notes}
@@ -187,7 +212,11 @@ def densities(run: RunFolder) -> list[tuple[str, str, str, list[tuple[str, int]]
         order = sorted(parts, key=lambda item: table.FIRST.index(item[0]) if item[0] in table.FIRST else len(table.FIRST))
         series = [svg.Series(table.dataset_label(name), part["log10_edges"], part["counts"], i) for i, (name, part) in enumerate(order)]
         picture = svg.histogram(series, title=f"firing rates of {' + '.join(subjects)}", x_label="share of tokens on which a latent fires")
-        silent = [f"{numbers.count(part['never_fired'])} of {numbers.count(part.get('latents'))} never fired ({table.dataset_label(name)})" for name, part in order if part.get("never_fired") is not None]
+        silent = [
+            f"{numbers.count(part['never_fired'])} of {numbers.count(part.get('latents'))} never fired ({table.dataset_label(name)})"
+            for name, part in order
+            if part.get("never_fired") is not None
+        ]
         if picture or silent:
             found.append((" + ".join(subjects), picture, "; ".join(silent), [(one.name, one.colour % 6) for one in series]))
     return found
@@ -196,5 +225,3 @@ def densities(run: RunFolder) -> list[tuple[str, str, str, list[tuple[str, int]]
 def _saved(run: RunFolder, name: str) -> str:
     folder = run.path / "checkpoints" / name
     return numbers.size(sum(file.stat().st_size for file in folder.iterdir() if file.is_file()))
-
-

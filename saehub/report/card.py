@@ -10,8 +10,8 @@ from typing import Any
 from saehub.jsonio import read_json
 from saehub.report import numbers
 from saehub.report.run_folder import RunFolder
-from saehub.report.text import clean
 from saehub.report.table import Group, Row, dataset_label, footnote, groups, sizes
+from saehub.report.text import clean
 
 UNKNOWN = "not measured"
 WANTED = (
@@ -88,7 +88,12 @@ def _dataset(data: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     policy = data.get("policy") or {}
     yield "sources", "; ".join(_source(item) for item in data.get("sources") or [])
     yield "rows", numbers.count(data.get("rows"))
-    yield "sequences", f"{numbers.count(data['n_sequences'])} of {policy.get('context') or data.get('context')} tokens" if data.get("n_sequences") else None
+    yield (
+        "sequences",
+        f"{numbers.count(data['n_sequences'])} of {policy.get('context') or data.get('context')} tokens"
+        if data.get("n_sequences")
+        else None,
+    )
     yield "BOS", policy.get("bos") or data.get("bos")
     yield "excluded tokens", ", ".join(map(str, policy.get("exclude", data.get("exclude")) or [])) or "none"
     if policy.get("template") or data.get("template"):
@@ -123,7 +128,15 @@ def _sae(entry: Mapping[str, Any], checkpoint: Path) -> Iterator[tuple[str, Any]
     provenance = entry.get("provenance") or {}
     header = read_json(checkpoint / "saehub.json") if (checkpoint / "saehub.json").is_file() else {}
     params = entry.get("params") or header.get("params") or {}
-    yield "architecture", " ".join([str(entry.get("architecture") or ""), *(f"{name} {value}" for name, value in params.items() if isinstance(value, (int, float, str)))]).strip()
+    yield (
+        "architecture",
+        " ".join(
+            [
+                str(entry.get("architecture") or ""),
+                *(f"{name} {value}" for name, value in params.items() if isinstance(value, (int, float, str))),
+            ]
+        ).strip(),
+    )
     yield "site", " → ".join(text for text in (provenance.get("site"), provenance.get("target_site")) if text)
     if entry.get("d_in"):
         yield "shape", f"{numbers.count(entry['d_in'])} → {numbers.count(entry.get('d_sae'))} latents → {numbers.count(entry.get('d_out'))}"
@@ -180,7 +193,9 @@ def limits(run: RunFolder) -> list[str]:
     card = run.card
     found = [str(text) for text in card.get("warnings") or []]
     if card.get("resume") == "inexact":
-        found.append(f"resumed on another footing ({'; '.join(card.get('resume_changes') or [])}): not bit-identical to an uninterrupted run")
+        found.append(
+            f"resumed on another footing ({'; '.join(card.get('resume_changes') or [])}): not bit-identical to an uninterrupted run"
+        )
     found += [f"failed: {error.get('what')}" for error in card.get("errors") or []]
     if any(entry.get("trainer") for entry in (card.get("saes") or {}).values() if entry):
         found.append("standard errors are over evaluation sequences; how another training seed would come out was not measured")
@@ -229,7 +244,12 @@ def markdown(run: RunFolder) -> str:
 
 def _md_group(group: Group) -> list[str]:
     heads = [_md(dataset_label(name)) for name in group.datasets]
-    lines = [f"### {_md(group.title)}", "", f"| metric | | {' | '.join(heads)} | n | definition |", "|---|---|" + "---:|" * len(heads) + "---|---|"]
+    lines = [
+        f"### {_md(group.title)}",
+        "",
+        f"| metric | | {' | '.join(heads)} | n | definition |",
+        "|---|---|" + "---:|" * len(heads) + "---|---|",
+    ]
     notes: list[str] = []
     for row in group.rows:
         cells = [_md_cell(row, name, notes) for name in group.datasets]

@@ -55,7 +55,10 @@ def compare(left: Sequence[Measurement], right: Sequence[Measurement]) -> tuple[
         if key in others:
             used.add(key)
             found.append(difference(item, others[key]))
-    alone = [("the first run", [item for item in left if _key(item, rename) not in others]), ("the second run", [others[key] for key in others if key not in used])]
+    alone = [
+        ("the first run", [item for item in left if _key(item, rename) not in others]),
+        ("the second run", [others[key] for key in others if key not in used]),
+    ]
     remarks = _other_sparsity(found)
     for side, items in alone:
         if items:
@@ -70,7 +73,11 @@ def _other_sparsity(found: Sequence[Difference]) -> list[str]:
     for item in found:
         if item.metric == "l0" and item.a and item.delta is not None and abs(item.delta) > 0.05 * abs(item.a):
             names = " and ".join(dict.fromkeys(("+".join(item.subjects_a), "+".join(item.subjects_b))))
-            told.setdefault(item.subjects_a, f"{names}: L0 is {item.a:.4g} in the first run and {item.b:.4g} in the second; a better reconstruction may be bought with it")
+            told.setdefault(
+                item.subjects_a,
+                f"{names}: L0 is {item.a:.4g} in the first run and {item.b:.4g} in the second; "
+                "a better reconstruction may be bought with it",
+            )
     return list(told.values())
 
 

@@ -91,7 +91,11 @@ class RunFolder:
         folder = self.path / "exports"
         if not folder.is_dir():
             return {}
-        return {form.name: {path.name: path for path in sorted(form.iterdir()) if path.is_dir()} for form in sorted(folder.iterdir()) if form.is_dir()}
+        return {
+            form.name: {path.name: path for path in sorted(form.iterdir()) if path.is_dir()}
+            for form in sorted(folder.iterdir())
+            if form.is_dir()
+        }
 
 
 def is_run(path: Path) -> bool:
@@ -114,6 +118,10 @@ def find(name: str, known: Iterable[Path]) -> RunFolder:
         return RunFolder(hits[0])
     names = [run.name for run in known]
     if hits:
-        raise UsageError(f"{name!r} is the beginning of {len(hits)} runs", why=", ".join(run.name for run in hits), fix="write one of them in full")
+        raise UsageError(
+            f"{name!r} is the beginning of {len(hits)} runs", why=", ".join(run.name for run in hits), fix="write one of them in full"
+        )
     why = f"{path} is a folder, but has no {', '.join(MARKS[:-1])} or {MARKS[-1]}" if path.is_dir() else None
-    raise UsageError(f"there is no run {name!r}{did_you_mean(name, names)}", why=why, fix="saehub runs ls" if names else "saehub recipe run topk-llama")
+    raise UsageError(
+        f"there is no run {name!r}{did_you_mean(name, names)}", why=why, fix="saehub runs ls" if names else "saehub recipe run topk-llama"
+    )

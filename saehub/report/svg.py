@@ -65,7 +65,15 @@ class _Frame:
         return f"{HEIGHT - BOTTOM - (value - self.low_y) / (self.high_y - self.low_y) * (HEIGHT - TOP - BOTTOM):.1f}"
 
 
-def lines(series: Sequence[Series], *, title: str, x_label: str, y_text: Callable[[float], str] = lambda y: f"{y:.3g}", zero: bool = False, log: bool | None = None) -> str:
+def lines(
+    series: Sequence[Series],
+    *,
+    title: str,
+    x_label: str,
+    y_text: Callable[[float], str] = lambda y: f"{y:.3g}",
+    zero: bool = False,
+    log: bool | None = None,
+) -> str:
     """A line chart. `zero` begins the y axis at 0; `log` None: logarithmic where the values span more than a factor of 30."""
     kept = []
     for one in series:
@@ -84,11 +92,20 @@ def lines(series: Sequence[Series], *, title: str, x_label: str, y_text: Callabl
     frame = _Frame(min(x for one in kept for x in one.x), max(x for one in kept for x in one.x), low, high, log)
     marks = [10.0**p for p in range(math.ceil(frame.low_y - 1e-9), math.floor(frame.high_y + 1e-9) + 1)] if log else ticks(low, high)
     if log and len(marks) < 2:
-        marks = [factor * 10.0**p for p in range(math.floor(frame.low_y), math.ceil(frame.high_y) + 1) for factor in (1, 2, 5) if low <= factor * 10.0**p <= high]
+        marks = [
+            factor * 10.0**p
+            for p in range(math.floor(frame.low_y), math.ceil(frame.high_y) + 1)
+            for factor in (1, 2, 5)
+            if low <= factor * 10.0**p <= high
+        ]
     parts = [_axes(frame, ticks(frame.low_x, frame.high_x), marks, numbers.short, y_text, x_label)]
     for one in kept:
         path = " ".join(f"{frame.x(x)},{frame.y(y)}" for x, y in zip(one.x, one.y, strict=True))
-        shape = f'<polyline class="line s{one.colour % 6}" points="{path}">' if len(one.x) > 1 else f'<circle class="dot s{one.colour % 6}" cx="{frame.x(one.x[0])}" cy="{frame.y(one.y[0])}" r="3">'
+        shape = (
+            f'<polyline class="line s{one.colour % 6}" points="{path}">'
+            if len(one.x) > 1
+            else f'<circle class="dot s{one.colour % 6}" cx="{frame.x(one.x[0])}" cy="{frame.y(one.y[0])}" r="3">'
+        )
         end = "polyline" if len(one.x) > 1 else "circle"
         parts.append(f"{shape}<title>{_safe(one.name)}: {_safe(y_text(one.y[-1]))} at the end</title></{end}>")
     return _svg(title, parts)
@@ -103,26 +120,51 @@ def histogram(series: Sequence[Series], *, title: str, x_label: str) -> str:
     low, high = math.floor(min(a for a, _ in filled)), math.ceil(max(b for _, b in filled))
     frame = _Frame(low, high, 0.0, 1.08 * max(count for one in kept for count in one.y), False)
     decades = range(low, high + 1)
-    parts = [_axes(frame, decades, [t for t in ticks(0.0, frame.high_y) if t == int(t)], lambda p: f"1e{p:.0f}" if p else "1", numbers.short, x_label)]
+    parts = [
+        _axes(
+            frame,
+            decades,
+            [t for t in ticks(0.0, frame.high_y) if t == int(t)],
+            lambda p: f"1e{p:.0f}" if p else "1",
+            numbers.short,
+            x_label,
+        )
+    ]
     for i, one in enumerate(kept):
         points = [(one.x[0], 0.0)]
         for j, count in enumerate(one.y):
             points += [(one.x[j], count), (one.x[j + 1], count)]
         points.append((one.x[-1], 0.0))
         path = " ".join(f"{frame.x(min(max(x, low), high))},{frame.y(y)}" for x, y in points)
-        parts.append(f'<polygon class="area s{one.colour % 6}{" filled" if i == 0 else ""}" points="{path}"><title>{_safe(one.name)}: {numbers.count(sum(one.y))} latents</title></polygon>')
+        parts.append(
+            f'<polygon class="area s{one.colour % 6}{" filled" if i == 0 else ""}" points="{path}">'
+            f"<title>{_safe(one.name)}: {numbers.count(sum(one.y))} latents</title></polygon>"
+        )
     return _svg(title, parts)
 
 
-def _axes(frame: _Frame, x_marks: Sequence[float], y_marks: Sequence[float], x_text: Callable[[float], str], y_text: Callable[[float], str], x_label: str) -> str:
+def _axes(
+    frame: _Frame,
+    x_marks: Sequence[float],
+    y_marks: Sequence[float],
+    x_text: Callable[[float], str],
+    y_text: Callable[[float], str],
+    x_label: str,
+) -> str:
     floor = HEIGHT - BOTTOM
     parts = []
     for mark in y_marks:
         y = frame.y(mark)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/><text class="tick" x="{LEFT - 7}" y="{y}" dy="3.5" text-anchor="end">{_safe(y_text(mark))}</text>')
+        parts.append(
+            f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>'
+            f'<text class="tick" x="{LEFT - 7}" y="{y}" dy="3.5" text-anchor="end">{_safe(y_text(mark))}</text>'
+        )
     for mark in x_marks:
         x = frame.x(mark)
-        parts.append(f'<line class="grid" x1="{x}" x2="{x}" y1="{floor}" y2="{floor + 4}"/><text class="tick" x="{x}" y="{floor + 16}" text-anchor="middle">{_safe(x_text(mark))}</text>')
+        parts.append(
+            f'<line class="grid" x1="{x}" x2="{x}" y1="{floor}" y2="{floor + 4}"/>'
+            f'<text class="tick" x="{x}" y="{floor + 16}" text-anchor="middle">{_safe(x_text(mark))}</text>'
+        )
     parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{floor}" y2="{floor}"/>')
     parts.append(f'<text class="label" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 4}" text-anchor="middle">{_safe(x_label)}</text>')
     return "".join(parts)

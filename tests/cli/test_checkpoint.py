@@ -107,7 +107,14 @@ def converted(monkeypatch):
 @pytest.mark.quick
 @pytest.mark.parametrize(
     ("outcome", "code"),
-    [("verified by the target's library", 0), ("verified against the published equation", 0), ("unverified", 0), ("lossy", 0), ("inconclusive", 1), ("refused", 1)],
+    [
+        ("verified by the target's library", 0),
+        ("verified against the published equation", 0),
+        ("unverified", 0),
+        ("lossy", 0),
+        ("inconclusive", 1),
+        ("refused", 1),
+    ],
 )
 def test_convert_exits_by_its_outcome(saehub, converted, outcome, code):
     converted.outcome = outcome
@@ -125,7 +132,20 @@ def test_convert_exits_by_its_outcome(saehub, converted, outcome, code):
 
 @pytest.mark.quick
 def test_convert_hands_its_options_on(saehub, converted):
-    saehub("convert", "src", "dst", "--to", "saelens", "--from", "sparsify", "--model", "gpt2", "--allow-lossy", "--keep-original", "--no-verify")
+    saehub(
+        "convert",
+        "src",
+        "dst",
+        "--to",
+        "saelens",
+        "--from",
+        "sparsify",
+        "--model",
+        "gpt2",
+        "--allow-lossy",
+        "--keep-original",
+        "--no-verify",
+    )
     args, kwargs = converted.given
     assert [str(arg) for arg in args] == ["src", "dst", "saelens"]
     assert kwargs == {"from_": "sparsify", "model": "gpt2", "allow_lossy": True, "keep_original": True, "verify": False}
@@ -166,11 +186,31 @@ def evaluated(monkeypatch, fake_run, tmp_path):
 
 @pytest.mark.quick
 def test_eval_prints_the_table(saehub, evaluated, tmp_path):
-    said = saehub("eval", "ckpt", "--with", "native/core", "--data", "builtin/python-code", "--data", "mine=x.txt", "--set", "dead_rate=1e-4", "--set", "baselines=false", "--tokens", "500")
+    said = saehub(
+        "eval",
+        "ckpt",
+        "--with",
+        "native/core",
+        "--data",
+        "builtin/python-code",
+        "--data",
+        "mine=x.txt",
+        "--set",
+        "dead_rate=1e-4",
+        "--set",
+        "baselines=false",
+        "--tokens",
+        "500",
+    )
     assert said.code == 0 and "0.1293 ± 0.0021" in said.out
     checkpoint, evaluator, out, what = evaluated.given
     assert (checkpoint, evaluator, out) == ("ckpt", "native/core", None)
-    assert what == {"model": None, "data": ("builtin/python-code", "mine=x.txt"), "tokens": 500, "with_": {"dead_rate": 1e-4, "baselines": False}}
+    assert what == {
+        "model": None,
+        "data": ("builtin/python-code", "mine=x.txt"),
+        "tokens": 500,
+        "with_": {"dead_rate": 1e-4, "baselines": False},
+    }
     data = saehub("eval", "ckpt", "--with", "native/core", "--json").data
     assert set(data) == {"schema", "run_dir", "measurements"} and len(data["measurements"]) == 3
 

@@ -72,7 +72,9 @@ def test_a_plugin_without_its_library(monkeypatch):
     from saehub.plugins import Catalog, PluginRow, Registered
 
     row = PluginRow("far", "far-away", "2.0")
-    row.components = [Registered("evaluator", Component("core", "x:Y", requires=("no_such_library_xyz",), extra="far"), "far", "far-away", "2.0")]
+    row.components = [
+        Registered("evaluator", Component("core", "x:Y", requires=("no_such_library_xyz",), extra="far"), "far", "far-away", "2.0")
+    ]
     broken = PluginRow("bad", "bad", "1", status="broken", error="ImportError: x")
     monkeypatch.setattr(plugins, "catalog", lambda: Catalog([row, broken]))
     findings = {finding.name: finding for finding in doctor._plugins()}

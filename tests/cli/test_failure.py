@@ -47,7 +47,9 @@ def test_every_kind_of_error_is_in_this_test():
 
 @pytest.mark.parametrize("kind", CODES, ids=lambda kind: kind.__name__)
 def test_exit_code_and_words(broken, kind):
-    said = broken(kind("what it is", where="here.yaml:3:4", why="32 expected, 31 found", fix="saehub doctor", said="ValueError: no\nreally"))
+    said = broken(
+        kind("what it is", where="here.yaml:3:4", why="32 expected, 31 found", fix="saehub doctor", said="ValueError: no\nreally")
+    )
     assert said.code == CODES[kind]
     assert said.out == ""
     assert said.err == (
@@ -65,7 +67,10 @@ def test_several_lines_stay_in_their_column(broken):
 
 def test_as_json_it_is_also_data(broken):
     said = broken(errors.StageFailed("what", where="train/a", why="y", fix="z", said="w"), "--json")
-    assert said.data == {"schema": 1, "error": {"type": "StageFailed", "what": "what", "where": "train/a", "why": "y", "fix": "z", "said": "w", "exit_code": 4}}
+    assert said.data == {
+        "schema": 1,
+        "error": {"type": "StageFailed", "what": "what", "where": "train/a", "why": "y", "fix": "z", "said": "w", "exit_code": 4},
+    }
     assert said.err.startswith("error: what\n")
 
 
@@ -97,7 +102,13 @@ def test_problems_of_a_plan_have_the_same_keys():
     from saehub.pipeline.plan import PlanProblem
 
     data = failure.problem_to_json(PlanProblem("train[0].with.k", "k is larger than d_sae", "a smaller k"))
-    assert (data["path"], data["message"], data["hint"], data["severity"], data["line"]) == ("train[0].with.k", "k is larger than d_sae", "a smaller k", "error", None)
+    assert (data["path"], data["message"], data["hint"], data["severity"], data["line"]) == (
+        "train[0].with.k",
+        "k is larger than d_sae",
+        "a smaller k",
+        "error",
+        None,
+    )
 
 
 def test_an_unexpected_exception_is_one_message_and_no_traceback(broken):
@@ -126,7 +137,15 @@ def test_a_missing_package_is_not_a_bug(broken):
     assert broken(ModuleNotFoundError("No module named 'saehub.x'", name="saehub.x")).code == 4
 
 
-@pytest.mark.parametrize(("number", "words"), [(errno.ENOSPC, "the disk is full"), (errno.EACCES, "no permission"), (errno.EROFS, "read-only"), (errno.EMFILE, "too many open files")])
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.ENOSPC, "the disk is full"),
+        (errno.EACCES, "no permission"),
+        (errno.EROFS, "read-only"),
+        (errno.EMFILE, "too many open files"),
+    ],
+)
 def test_what_the_system_refuses_is_not_a_bug(broken, number, words):
     said = broken(OSError(number, os.strerror(number), "/data/x"))
     assert said.code == 4
@@ -171,7 +190,11 @@ def test_wrong_usage_is_code_2_with_a_suggestion(saehub, args, words):
     assert "Traceback" not in said.err and "Usage:" not in said.err
 
 
-@pytest.mark.parametrize("args", [["plugins", "check", "native"], ["plugins", "new", "x"], ["convert", "a", "b", "--to", "saelens", "--push", "hf://me/x"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "args",
+    [["plugins", "check", "native"], ["plugins", "new", "x"], ["convert", "a", "b", "--to", "saelens", "--push", "hf://me/x"]],
+    ids=" ".join,
+)
 def test_what_nobody_does_yet_says_so(saehub, args):
     said = saehub(*args)
     assert said.code == 2
@@ -200,7 +223,9 @@ def test_a_command_that_returns_a_code_exits_with_it(monkeypatch):
 
 def program(*args: str, **more):
     env = {**os.environ, "HF_HUB_OFFLINE": "1", **more.pop("env", {})}
-    return subprocess.Popen([sys.executable, "-m", "saehub.cli.main", *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, **more)
+    return subprocess.Popen(
+        [sys.executable, "-m", "saehub.cli.main", *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, **more
+    )
 
 
 def test_a_reader_that_goes_away_is_no_error():
@@ -230,12 +255,16 @@ def test_a_terminal_without_unicode_gets_question_marks(tmp_path, fake_run):
     assert "0.1293 ? 0.0021" in out
 
 
-@pytest.mark.parametrize(("env", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)], ids=["colour", "NO_COLOR", "dumb"])
+@pytest.mark.parametrize(
+    ("env", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)], ids=["colour", "NO_COLOR", "dumb"]
+)
 def test_colour_on_a_terminal_alone(env, coloured):
     pty = pytest.importorskip("pty")
     parent, child = pty.openpty()
     base = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "CI")}
-    process = subprocess.Popen([sys.executable, "-m", "saehub.cli.main", "recpie"], stderr=child, stdout=subprocess.DEVNULL, env={**base, "TERM": "xterm", **env})
+    process = subprocess.Popen(
+        [sys.executable, "-m", "saehub.cli.main", "recpie"], stderr=child, stdout=subprocess.DEVNULL, env={**base, "TERM": "xterm", **env}
+    )
     process.wait(60)
     os.close(child)
     words = os.read(parent, 4096).decode()

@@ -15,7 +15,22 @@ import pytest
 from saehub.cli import main
 
 HELP = Path(__file__).parent / "help"
-HEAVY = {"torch", "numpy", "rich", "pydantic", "pluggy", "yaml", "transformers", "datasets", "safetensors", "scipy", "jinja2", "saehub_native", "saehub_saelens", "sae_lens"}
+HEAVY = {
+    "torch",
+    "numpy",
+    "rich",
+    "pydantic",
+    "pluggy",
+    "yaml",
+    "transformers",
+    "datasets",
+    "safetensors",
+    "scipy",
+    "jinja2",
+    "saehub_native",
+    "saehub_saelens",
+    "sae_lens",
+}
 
 
 def commands(command: click.Command = main.cli, path: tuple[str, ...] = ()) -> dict[str, click.Command]:
@@ -58,7 +73,21 @@ def test_the_contract_of_the_design_is_there():
     assert {"--to", "--from", "--model", "--allow-lossy", "--keep-original", "--no-verify", "--push"} <= options["convert"]
     assert {"--with", "--model", "--data", "--json"} <= options["eval"]
     assert "--model" in options["verify"]
-    listings = {"recipe ls", "plugins ls", "runs ls", "runs show", "runs compare", "runs gc", "inspect", "verify", "doctor", "recipe check", "recipe plan", "recipe show", "convert"}
+    listings = {
+        "recipe ls",
+        "plugins ls",
+        "runs ls",
+        "runs show",
+        "runs compare",
+        "runs gc",
+        "inspect",
+        "verify",
+        "doctor",
+        "recipe check",
+        "recipe plan",
+        "recipe show",
+        "convert",
+    }
     assert all("--json" in options[name] for name in listings)
 
 
@@ -78,13 +107,29 @@ def imported(*args: str) -> set[str]:
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("args", [["--help"], ["recipe", "--help"], ["recipe", "run", "--help"], ["convert", "--help"], ["doctor", "--help"], ["nonsense"], ["--version"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--help"],
+        ["recipe", "--help"],
+        ["recipe", "run", "--help"],
+        ["convert", "--help"],
+        ["doctor", "--help"],
+        ["nonsense"],
+        ["--version"],
+    ],
+    ids=" ".join,
+)
 def test_help_imports_nothing_heavy(args):
     assert not imported(*args) & HEAVY
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("args", [["recipe", "ls"], ["recipe", "check", "topk-llama"], ["plugins", "ls"], ["recipe", "show", "topk-llama"], ["runs", "ls"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "args",
+    [["recipe", "ls"], ["recipe", "check", "topk-llama"], ["plugins", "ls"], ["recipe", "show", "topk-llama"], ["runs", "ls"]],
+    ids=" ".join,
+)
 def test_looking_imports_no_torch(args, home):
     assert not imported(*args) & {"torch", "transformers", "datasets", "sae_lens", "transformer_lens"}
 

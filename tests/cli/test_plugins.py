@@ -16,8 +16,17 @@ def zoo(monkeypatch):
     whole = PluginRow("native", "saehub", "0.1.0")
     whole.components = [Registered("trainer", Component("topk", "x:Y", summary="k largest"), "native", "saehub", "0.1.0")]
     lacking = PluginRow("far", "far-away", "2.0")
-    lacking.components = [Registered("evaluator", Component("core", "x:Y", requires=("no_such_library_xyz",), extra="far", summary="far"), "far", "far-away", "2.0")]
-    rows = [whole, lacking, PluginRow("bad", "bad-dist", "1", status="broken", error="ImportError: no [red]x\x1b[2J", trace="Traceback …\nImportError: x"), PluginRow("off", "off-dist", "1", status="disabled")]
+    lacking.components = [
+        Registered(
+            "evaluator", Component("core", "x:Y", requires=("no_such_library_xyz",), extra="far", summary="far"), "far", "far-away", "2.0"
+        )
+    ]
+    rows = [
+        whole,
+        lacking,
+        PluginRow("bad", "bad-dist", "1", status="broken", error="ImportError: no [red]x\x1b[2J", trace="Traceback …\nImportError: x"),
+        PluginRow("off", "off-dist", "1", status="disabled"),
+    ]
     monkeypatch.setattr(plugins, "catalog", lambda: Catalog(rows))
 
 
@@ -43,7 +52,15 @@ def test_json(saehub, zoo):
     assert [row["status"] for row in rows] == ["ok", "ok", "broken", "disabled"]
     assert set(rows[0]) == {"name", "distribution", "version", "status", "error", "trace", "components", "architectures", "recipes"}
     assert rows[1]["components"] == [
-        {"address": "far/core", "kind": "evaluator", "summary": "far", "needs": [], "requires": ["no_such_library_xyz"], "missing": ["no_such_library_xyz"], "install": "pip install 'far-away[far]'"}
+        {
+            "address": "far/core",
+            "kind": "evaluator",
+            "summary": "far",
+            "needs": [],
+            "requires": ["no_such_library_xyz"],
+            "missing": ["no_such_library_xyz"],
+            "install": "pip install 'far-away[far]'",
+        }
     ]
     assert rows[2]["trace"] is None
 

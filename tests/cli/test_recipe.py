@@ -159,7 +159,13 @@ def test_a_missing_library_is_code_3_with_the_command(saehub, wants_sae_lens, ve
 def test_a_missing_library_in_json(saehub, wants_sae_lens):
     data = saehub("recipe", "plan", wants_sae_lens, "--json").data
     assert data["runnable"] is False
-    assert data["missing"] == [{"component": "saelens/saelens", "what": "saelens/saelens needs sae_lens, which is not installed", "fix": "pip install 'saehub[saelens]'"}]
+    assert data["missing"] == [
+        {
+            "component": "saelens/saelens",
+            "what": "saelens/saelens needs sae_lens, which is not installed",
+            "fix": "pip install 'saehub[saelens]'",
+        }
+    ]
     data = saehub("recipe", "check", wants_sae_lens, "--json").data
     assert (data["ok"], data["exit_code"], [item["severity"] for item in data["problems"]]) == (False, 3, ["missing"])
 
@@ -170,7 +176,16 @@ def test_a_missing_library_in_json(saehub, wants_sae_lens):
 def test_plan_of_the_default_recipe(saehub, home):
     said = saehub("recipe", "plan", "topk-llama")
     assert said.code == 0, said.err
-    for words in ("train/native-k32", "native/topk", "732 steps", "1,280 latents", "evaluate/native/core/native-k32", "export/saelens/native-k32", "run folder", str(home / "runs" / "topk-llama-")):
+    for words in (
+        "train/native-k32",
+        "native/topk",
+        "732 steps",
+        "1,280 latents",
+        "evaluate/native/core/native-k32",
+        "export/saelens/native-k32",
+        "run folder",
+        str(home / "runs" / "topk-llama-"),
+    ):
         assert words in said.out, words
     assert "next: saehub recipe run topk-llama" in said.err
     assert not home.exists()
@@ -182,7 +197,9 @@ def test_plan_as_json(saehub, tmp_path):
     plan = data["plan"]
     assert plan["run_dir"] == str(tmp_path / "here")
     assert {"id", "kind", "key", "component", "cached", "partial", "detail", "where"} <= set(plan["stages"][0])
-    dry = saehub("recipe", "run", "topk-llama", "--dry-run", "--json", "--out", tmp_path / "here", "--set", "train.native-k32.with.k=16").data
+    dry = saehub(
+        "recipe", "run", "topk-llama", "--dry-run", "--json", "--out", tmp_path / "here", "--set", "train.native-k32.with.k=16"
+    ).data
     assert [stage["key"] for stage in dry["plan"]["stages"]] == [stage["key"] for stage in plan["stages"]]
 
 
@@ -206,13 +223,22 @@ def fake_pipeline(monkeypatch, fake_run, tmp_path):
         seen.text = recipe_text
         for listener in listeners:
             listener(Event("stage_started", "train/a", {}, 10.0))
-            listener(Event("progress", "train/a", {"done": 5, "total": 10, "unit": "steps", "rows": 1000, "metrics": {"loss": 0.5, "lr": float("nan")}}, 20.0))
+            listener(
+                Event(
+                    "progress",
+                    "train/a",
+                    {"done": 5, "total": 10, "unit": "steps", "rows": 1000, "metrics": {"loss": 0.5, "lr": float("nan")}},
+                    20.0,
+                )
+            )
             listener(Event("stage_finished", "train/a", {"seconds": 12.0}, 22.0))
         fake_run.write(plan.run_dir)
         (plan.run_dir / "report.html").write_text("")
         if seen.error:
             raise seen.error
-        return module.RunResult(plan.run_dir, tuple(fake_run.measurements()), {"native-k32": plan.run_dir / "checkpoints" / "native-k32"}, 12.5)
+        return module.RunResult(
+            plan.run_dir, tuple(fake_run.measurements()), {"native-k32": plan.run_dir / "checkpoints" / "native-k32"}, 12.5
+        )
 
     monkeypatch.setattr(module, "run", run)
     return seen
@@ -247,7 +273,12 @@ def test_run_as_json_is_lines(saehub, good, tmp_path, fake_pipeline):
     assert said.code == 0 and said.err == ""
     *events, summary = said.lines
     assert [event["kind"] for event in events] == ["stage_started", "progress", "stage_finished"]
-    assert events[1] == {"kind": "progress", "stage": "train/a", "t": 20.0, "data": {"done": 5, "total": 10, "unit": "steps", "rows": 1000, "metrics": {"loss": 0.5, "lr": None}}}
+    assert events[1] == {
+        "kind": "progress",
+        "stage": "train/a",
+        "t": 20.0,
+        "data": {"done": 5, "total": 10, "unit": "steps", "rows": 1000, "metrics": {"loss": 0.5, "lr": None}},
+    }
     assert set(summary) == {"schema", "kind", "status", "run_dir", "report", "seconds", "checkpoints", "measurements"}
     assert (summary["kind"], summary["status"]) == ("summary", "finished")
     assert {"metric", "value", "stderr", "n", "dataset", "definition"} <= set(summary["measurements"][0])

@@ -27,14 +27,55 @@ def test_results_table(home, capsys, fake_run):
 
 def test_plan_table(home, capsys):
     stages = (
-        Stage("tokens/train", "tokens", "aaaaaaaaaaaa", Path(), cached=True, detail={"source": "builtin/python-docs (train)", "rows": 1_000_000, "share": [1.0]}),
-        Stage("train/a", "train", "bbbbbbbbbbbb", Path(), "native/topk", partial=True, detail={"site": "resid_post.2", "rows": 999_424, "steps": 488, "batch": 2048, "d_in": 160, "d_sae": 1280, "memory": 173_000_000}),
+        Stage(
+            "tokens/train",
+            "tokens",
+            "aaaaaaaaaaaa",
+            Path(),
+            cached=True,
+            detail={"source": "builtin/python-docs (train)", "rows": 1_000_000, "share": [1.0]},
+        ),
+        Stage(
+            "train/a",
+            "train",
+            "bbbbbbbbbbbb",
+            Path(),
+            "native/topk",
+            partial=True,
+            detail={
+                "site": "resid_post.2",
+                "rows": 999_424,
+                "steps": 488,
+                "batch": 2048,
+                "d_in": 160,
+                "d_sae": 1280,
+                "memory": 173_000_000,
+            },
+        ),
         Stage("evaluate/x/y", "evaluate", "cccccccccccc", Path(), "x/y", detail={"datasets": ["in_sample", "out_of_sample"]}),
         Stage("export/z/a", "export", "dddddddddddd", Path(), "z/z", missing=("z_lib",)),
     )
-    totals = {"bytes_per_token": 640, "activation_bytes": 640_000_000, "store": "spool", "train_memory": 173_000_000, "block_memory": 168_000_000, "model_memory": 12_700_000, "peak_memory": 353_700_000, "disk_free": 77_000_000_000}
+    totals = {
+        "bytes_per_token": 640,
+        "activation_bytes": 640_000_000,
+        "store": "spool",
+        "train_memory": 173_000_000,
+        "block_memory": 168_000_000,
+        "model_memory": 12_700_000,
+        "peak_memory": 353_700_000,
+        "disk_free": 77_000_000_000,
+    }
     shape = ModelShape("llama", 6, 160, 432, 5, 32, 4096, 256)
-    render.plan(SimpleNamespace(stages=stages, totals=totals, model=ModelSpec("builtin/tiny-llama"), shape=shape, run_dir=Path("/runs/topk-llama-1a2b"), warnings=()))
+    render.plan(
+        SimpleNamespace(
+            stages=stages,
+            totals=totals,
+            model=ModelSpec("builtin/tiny-llama"),
+            shape=shape,
+            run_dir=Path("/runs/topk-llama-1a2b"),
+            warnings=(),
+        )
+    )
     assert capsys.readouterr().out == golden("plan")
 
 
@@ -73,7 +114,11 @@ def test_only_one_module_imports_rich():
     import saehub
 
     root = Path(saehub.__file__).parent
-    users = [path.relative_to(root).as_posix() for path in root.rglob("*.py") if "import rich" in path.read_text(encoding="utf-8") or "from rich" in path.read_text(encoding="utf-8")]
+    users = [
+        path.relative_to(root).as_posix()
+        for path in root.rglob("*.py")
+        if "import rich" in path.read_text(encoding="utf-8") or "from rich" in path.read_text(encoding="utf-8")
+    ]
     assert users == ["cli/render.py"]
 
 
@@ -83,7 +128,10 @@ def test_only_one_module_imports_rich():
         ({"rows": 1_500_000, "memory": 173_000_000}, "1,500,000 rows · memory 173 MB"),
         ({"source": "a + b", "share": [0.7, 0.3]}, "a + b · shares 0.7, 0.3"),
         ({"target_site": "mlp_out.3", "site": "mlp_in.3"}, "→ mlp_out.3 · mlp_in.3"),
-        ({"new_thing": 3, "empty": None, "yes": True, "no": False, "names": ["x", "y"], "inner": {"rows": 2}}, "new thing 3 · yes · names x, y · 2 rows"),
+        (
+            {"new_thing": 3, "empty": None, "yes": True, "no": False, "names": ["x", "y"], "inner": {"rows": 2}},
+            "new thing 3 · yes · names x, y · 2 rows",
+        ),
         ({"from": "hf://x", "site": None}, "from hf://x"),
         ({}, ""),
     ],
@@ -96,7 +144,9 @@ def test_several_saes_end_with_a_glance(home, capsys, fake_run):
     render.results(fake_run.measurements("a") + fake_run.measurements("b", 0.02))
     *_, heading, metrics, datasets, _, first, second = capsys.readouterr().out.splitlines()
     assert heading == "at a glance"
-    assert metrics.split() == [*(word for name in ("fvu ↓", "ce_recovered_zero ↑", "l0", "dead_share@1e-04 ↓") for word in name.split() * 2)]
+    assert metrics.split() == [
+        *(word for name in ("fvu ↓", "ce_recovered_zero ↑", "l0", "dead_share@1e-04 ↓") for word in name.split() * 2)
+    ]
     assert datasets.split() == ["SAE"] + ["in-sample", "out-of-sample"] * 4
     assert first.startswith("a     0.1293 ± 0.0021   0.2103 ± 0.0051")
     assert second.startswith("b     0.1493 ± 0.0021   0.2303 ± 0.0051")

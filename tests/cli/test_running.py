@@ -13,7 +13,13 @@ pytestmark = pytest.mark.quick
 
 
 def progress(stage: str, done: int, t: float, rows: int | None = None, **more) -> Event:
-    data = {"done": done, "total": 100, "unit": "steps", "rows": done * 1000 if rows is None else rows, "metrics": {"loss": 0.5, "fvu": 0.25, "l0": 32.0, "dead": 0.031, "lr": 1e-3}}
+    data = {
+        "done": done,
+        "total": 100,
+        "unit": "steps",
+        "rows": done * 1000 if rows is None else rows,
+        "metrics": {"loss": 0.5, "fvu": 0.25, "l0": 32.0, "dead": 0.031, "lr": 1e-3},
+    }
     return Event("progress", stage, {**data, **more}, t)
 
 
@@ -24,7 +30,12 @@ def test_one_line_every_30_seconds_whatever_is_told():
     for second in range(1, 100):
         now[0] = float(second)
         lines(progress("train/a", second, float(second)))
-    assert [text.partition(" · ")[0] for text in told] == ["train/a: started", "train/a: 30 % of 100 steps", "train/a: 60 % of 100 steps", "train/a: 90 % of 100 steps"]
+    assert [text.partition(" · ")[0] for text in told] == [
+        "train/a: started",
+        "train/a: 30 % of 100 steps",
+        "train/a: 60 % of 100 steps",
+        "train/a: 90 % of 100 steps",
+    ]
     assert told[1] == "train/a: 30 % of 100 steps · loss 0.5 · FVU 0.25 · L0 32.0 · dead 3.1 % · 1k tokens/s · 1 min 10 s to go"
 
 
@@ -62,7 +73,18 @@ def test_every_kind_of_event(event, text):
 def test_every_kind_is_in_this_test():
     from saehub.pipeline.events import KINDS
 
-    told = {"stage_started", "progress", "stage_cached", "stage_finished", "stage_failed", "log", "warning", "interrupted", "run_started", "run_finished"}
+    told = {
+        "stage_started",
+        "progress",
+        "stage_cached",
+        "stage_finished",
+        "stage_failed",
+        "log",
+        "warning",
+        "interrupted",
+        "run_started",
+        "run_finished",
+    }
     assert set(KINDS) == told
 
 
@@ -108,7 +130,15 @@ def test_bars_on_a_terminal():
         bars(Event("stage_finished", "train/[bold]a", {"seconds": 12.0}, 12.0))
         bars(Event("stage_failed", "evaluate/x", {"error": {"what": "no"}}, 13.0))
     shown = screen.getvalue()
-    for words in ("✓ tokens/train: cached", "train/[bold]a", "40%", "loss 0.5 · FVU 0.25 · L0 32.0 · dead 3.1 %", "3k tokens/s · 20 s to go", "✓ train/[bold]a: done in 12 s", "✗ evaluate/x: failed: no"):
+    for words in (
+        "✓ tokens/train: cached",
+        "train/[bold]a",
+        "40%",
+        "loss 0.5 · FVU 0.25 · L0 32.0 · dead 3.1 %",
+        "3k tokens/s · 20 s to go",
+        "✓ train/[bold]a: done in 12 s",
+        "✗ evaluate/x: failed: no",
+    ):
         assert words in shown, words
 
 

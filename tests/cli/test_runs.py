@@ -33,7 +33,14 @@ def test_show(saehub, two_runs):
     (two_runs[0] / "report.html").write_text("")
     said = saehub("runs", "show", "topk-llama")
     assert said.code == 0
-    for words in ("builtin/tiny-llama", "160 → 1,280 latents → 160", "Not measured", "feature absorption", "0.1293 ± 0.0021", "Known limits"):
+    for words in (
+        "builtin/tiny-llama",
+        "160 → 1,280 latents → 160",
+        "Not measured",
+        "feature absorption",
+        "0.1293 ± 0.0021",
+        "Known limits",
+    ):
         assert words in said.out, words
     assert said.err.endswith(f"report:  {two_runs[0] / 'report.html'}\n")
     data = saehub("runs", "show", two_runs[0] / "run_card.json", "--json").data
@@ -145,9 +152,10 @@ def test_gc_waits_for_nobody_but_removes_nothing_under_a_run(saehub, store, home
 @pytest.fixture()
 def replayed(home, monkeypatch, fake_run):
     """Runs `runs replay` with a pipeline that writes what `change(folder)` makes of the same invented run."""
-    from saehub.pipeline import plan as planning
     import saehub.recipe.check  # noqa: F401  (the name `saehub.recipe.check` is also a function)
+    from saehub.pipeline import plan as planning
     from saehub.pipeline import run as running
+
     seen = SimpleNamespace(change=lambda folder: None, base=None, recipe=None)
 
     def run(plan, listeners=(), *, recipe_text=None):
@@ -162,7 +170,7 @@ def replayed(home, monkeypatch, fake_run):
 
     monkeypatch.setattr(running, "run", run)
     monkeypatch.setattr(planning, "make_plan", make_plan)
-    monkeypatch.setattr(sys.modules["saehub.recipe.check"], "check", lambda path, overrides, catalog: (path, []))
+    monkeypatch.setattr(sys.modules["saehub.recipe.check"], "check_text", lambda text, name, overrides, catalog: (text, []))
     fake_run.write(home / "runs" / "r")
     return seen
 

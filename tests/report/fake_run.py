@@ -13,7 +13,9 @@ DATASETS = ("in_sample", "out_of_sample")
 HASHES = {"in_sample": "aa" * 32, "out_of_sample": "bb" * 32}
 
 
-def measurement(metric: str, dataset: str | None, value: float | None, stderr: float | None = None, *, sae: str = "native-k32", **more) -> Measurement:
+def measurement(
+    metric: str, dataset: str | None, value: float | None, stderr: float | None = None, *, sae: str = "native-k32", **more
+) -> Measurement:
     """One row as native/core would write it."""
     known = {
         "evaluator": "native/core", "definition": f"saehub.{metric.partition('@')[0]}/1", "version": "0.1.0", "seed": 0, "subject_hashes": ("cc" * 32,), "site": "resid_post.2",
@@ -27,7 +29,9 @@ def measurement(metric: str, dataset: str | None, value: float | None, stderr: f
 def histogram(centre: float, width: float = 0.7) -> dict:
     """1,280 latents, most of them near 10^centre."""
     edges = [-8 + 0.2 * i for i in range(41)]
-    counts = [round(1240 * 0.2 / (width * math.sqrt(2 * math.pi)) * math.exp(-(((edges[i] + 0.1 - centre) / width) ** 2) / 2)) for i in range(40)]
+    counts = [
+        round(1240 * 0.2 / (width * math.sqrt(2 * math.pi)) * math.exp(-(((edges[i] + 0.1 - centre) / width) ** 2) / 2)) for i in range(40)
+    ]
     return {"log10_edges": edges, "counts": counts, "never_fired": 17, "latents": 1280}
 
 
@@ -52,7 +56,19 @@ def measurements(sae: str = "native-k32", worse: float = 0.0) -> list[Measuremen
             measurement("feature_density", name, 0.025, 0.0, sae=sae, parts={"histogram": histogram(-2.2 - 0.5 * off)}),
             measurement("fvu_pca", name, 0.3142 + 0.05 * off, 0.0040, sae=sae),
         ]  # fmt: skip
-    rows.append(measurement("redundancy", None, 0.412, None, sae=sae, n=1280, unit_of_n="latents", evaluator="native/core", note="exact over all decoder rows"))
+    rows.append(
+        measurement(
+            "redundancy",
+            None,
+            0.412,
+            None,
+            sae=sae,
+            n=1280,
+            unit_of_n="latents",
+            evaluator="native/core",
+            note="exact over all decoder rows",
+        )
+    )
     return rows
 
 
@@ -96,8 +112,21 @@ def events(saes: tuple[str, ...], steps: int = 488) -> list[dict]:
     for step in range(4, steps + 1, 4):
         for i, name in enumerate(saes):
             fvu = 0.13 + 0.02 * i + 0.8 * math.exp(-step / 50) + 0.01 * math.sin(step * (i + 1.3))
-            metrics = {"loss": fvu * 1.03, "fvu": fvu, "l0": 32.0 * (1 + i), "dead": 0.3 * math.exp(-step / 90), "lr": 4e-4 * min(1.0, step / 25, (steps - step) / 98 + 0.01)}
-            rows.append({"kind": "progress", "stage": f"train/{name}", "t": T0 + 1 + step / 8, "data": {"done": step, "total": steps, "unit": "steps", "rows": step * 2048, "metrics": metrics}})
+            metrics = {
+                "loss": fvu * 1.03,
+                "fvu": fvu,
+                "l0": 32.0 * (1 + i),
+                "dead": 0.3 * math.exp(-step / 90),
+                "lr": 4e-4 * min(1.0, step / 25, (steps - step) / 98 + 0.01),
+            }
+            rows.append(
+                {
+                    "kind": "progress",
+                    "stage": f"train/{name}",
+                    "t": T0 + 1 + step / 8,
+                    "data": {"done": step, "total": steps, "unit": "steps", "rows": step * 2048, "metrics": metrics},
+                }
+            )
     rows += [{"kind": "stage_finished", "stage": f"train/{name}", "t": T0 + 62, "data": {"seconds": 61.3}} for name in saes]
     return [*rows, {"kind": "run_finished", "stage": None, "t": T0 + 131.4, "data": {"seconds": 131.4}}]
 
@@ -110,13 +139,20 @@ def write(folder: Path, saes: tuple[str, ...] = ("native-k32",), *, worse: float
     dump(folder / "results.json", {"schema": 1, "measurements": [row.to_json() for row in found]})
     dump(folder / "run_card.json", card(saes))
     stages = {"tokens/train": ("tokens", "12" * 32), **{f"train/{name}": ("train", "34" * 32) for name in saes}}
-    lock = {"schema": 1, "recipe": {"saehub": 1, "name": "topk-llama"}, "stages": {name: {"kind": kind, "key": key, "where": f"store/{kind}/{key[:20]}"} for name, (kind, key) in stages.items()}}
+    lock = {
+        "schema": 1,
+        "recipe": {"saehub": 1, "name": "topk-llama"},
+        "stages": {name: {"kind": kind, "key": key, "where": f"store/{kind}/{key[:20]}"} for name, (kind, key) in stages.items()},
+    }
     dump(folder / "recipe.lock", lock)
     (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events(saes)), encoding="utf-8")
     for name in saes:
         checkpoint = folder / "checkpoints" / name
         checkpoint.mkdir(parents=True)
-        dump(checkpoint / "saehub.json", {"format_version": 1, "architecture": "topk", "params": {"k": 32}, "probe": {"rows": 256, "sha256": "77" * 32, "tokens": True}})
+        dump(
+            checkpoint / "saehub.json",
+            {"format_version": 1, "architecture": "topk", "params": {"k": 32}, "probe": {"rows": 256, "sha256": "77" * 32, "tokens": True}},
+        )
         export = folder / "exports" / "saelens" / name
         export.mkdir(parents=True)
         (export / "cfg.json").write_text("{}")

@@ -13,7 +13,7 @@ from saehub.report import build, card
 from saehub.report.run_folder import RunFolder
 
 pytestmark = pytest.mark.quick
-HOSTILE = '<script>alert(1)</script>"\'>& {{ 7*7 }} [red]x[/red] \x1b[31m | `c` \u202egnp'
+HOSTILE = "<script>alert(1)</script>\"'>& {{ 7*7 }} [red]x[/red] \x1b[31m | `c` \u202egnp"
 
 
 def parse(page: str) -> ElementTree.Element:
@@ -64,7 +64,12 @@ def test_one_sae_gets_tiles(fake_run, tmp_path):
 def test_every_measurement_is_in_the_results_table(fake_run, page):
     tree = parse(page)
     tables = [table for table in tree.iter("table") if table.get("class") == "results"]
-    cells = [" ".join("".join(cell.itertext()).split()) for table in tables for cell in table.iter("td") if (cell.get("class") or "").startswith("right")]
+    cells = [
+        " ".join("".join(cell.itertext()).split())
+        for table in tables
+        for cell in table.iter("td")
+        if (cell.get("class") or "").startswith("right")
+    ]
     expected = fake_run.measurements() + fake_run.measurements("native-k64", 0.02)
     assert len([cell for cell in cells if cell]) == len(expected)
     assert sum(cell.startswith("undecided") for cell in cells) == 4
@@ -74,7 +79,10 @@ def test_every_measurement_is_in_the_results_table(fake_run, page):
 def test_curves_and_histograms(page):
     pictures = [element for element in parse(page).iter("{http://www.w3.org/2000/svg}svg")]
     labels = [picture.get("aria-label") for picture in pictures]
-    assert labels == [f"{title} during training" for _, title, _ in build.CURVES] + ["firing rates of native-k32", "firing rates of native-k64"]
+    assert labels == [f"{title} during training" for _, title, _ in build.CURVES] + [
+        "firing rates of native-k32",
+        "firing rates of native-k64",
+    ]
     lines = list(pictures[1].iter("{http://www.w3.org/2000/svg}polyline"))
     assert len(lines) == 2
     assert "17 of 1,280 never fired (in-sample)" in page
@@ -101,7 +109,13 @@ def test_how_to_load_it(fake_run, page, tmp_path):
 
 def test_an_export_without_a_certificate_is_not_called_verified(fake_run, tmp_path):
     run = fake_run.write(tmp_path / "r")
-    fake_run.dump(run / "run_card.json", {**fake_run.card(), "exports": {"saelens/native-k32": {"outcome": "inconclusive", "reason": "only 3 % of the rows activate any latent"}}})
+    fake_run.dump(
+        run / "run_card.json",
+        {
+            **fake_run.card(),
+            "exports": {"saelens/native-k32": {"outcome": "inconclusive", "reason": "only 3 % of the rows activate any latent"}},
+        },
+    )
     assert card.certificate(RunFolder(run), "saelens/native-k32") == "inconclusive: only 3 % of the rows activate any latent"
     assert card.certificate(RunFolder(run), "sparsify/native-k32") == "not verified"
 
@@ -116,7 +130,17 @@ def test_hostile_words_stay_words(fake_run, tmp_path):
     facts["data"][HOSTILE] = facts["data"]["train"]
     fake_run.dump(run / "run_card.json", facts)
     rows = [
-        dataclasses.replace(row, subjects=(HOSTILE,), site=HOSTILE, metric=f"{row.metric}{HOSTILE}", dataset=HOSTILE, note=HOSTILE, definition=HOSTILE, version=HOSTILE, unit_of_n=HOSTILE)
+        dataclasses.replace(
+            row,
+            subjects=(HOSTILE,),
+            site=HOSTILE,
+            metric=f"{row.metric}{HOSTILE}",
+            dataset=HOSTILE,
+            note=HOSTILE,
+            definition=HOSTILE,
+            version=HOSTILE,
+            unit_of_n=HOSTILE,
+        )
         for row in fake_run.measurements()[:3] + [fake_run.measurements()[13]]
     ]
     fake_run.dump(run / "results.json", {"measurements": [row.to_json() for row in rows]})
@@ -179,13 +203,18 @@ def test_what_nobody_measured_is_said(fake_run, tmp_path):
     assert "- feature absorption" in markdown
     assert "- stability over seeds" in markdown
     assert "redundancy" not in " ".join(card.not_measured(run))
-    bare = RunFolder(fake_run.write(tmp_path / "bare", rows=[fake_run.measurement("fvu", "in_sample", None, status="not_measured", reason="no model")]))
+    bare = RunFolder(
+        fake_run.write(tmp_path / "bare", rows=[fake_run.measurement("fvu", "in_sample", None, status="not_measured", reason="no model")])
+    )
     assert "reconstruction: FVU or explained variance: no model" in card.not_measured(bare)
 
 
 def test_known_limits(fake_run, tmp_path):
     run = fake_run.write(tmp_path / "r")
-    fake_run.dump(run / "run_card.json", {**fake_run.card(), "warnings": ["out_of_sample is in train"], "resume": "inexact", "resume_changes": ["threads: 2 -> 4"]})
+    fake_run.dump(
+        run / "run_card.json",
+        {**fake_run.card(), "warnings": ["out_of_sample is in train"], "resume": "inexact", "resume_changes": ["threads: 2 -> 4"]},
+    )
     limits = card.limits(RunFolder(run))
     assert limits[0] == "out_of_sample is in train"
     assert "threads: 2 -> 4" in limits[1] and "not bit-identical" in limits[1]

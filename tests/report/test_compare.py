@@ -109,7 +109,10 @@ def test_an_evaluators_own_interval_is_used():
     assert difference(left, right).verdict == "a better"
 
 
-@pytest.mark.parametrize(("l0", "told"), [(32.0, []), (33.0, []), (48.0, ["a: L0 is 32 in the first run and 48 in the second; a better reconstruction may be bought with it"])])
+@pytest.mark.parametrize(
+    ("l0", "told"),
+    [(32.0, []), (33.0, []), (48.0, ["a: L0 is 32 in the first run and 48 in the second; a better reconstruction may be bought with it"])],
+)
 def test_another_sparsity_is_said(l0, told):
     """A lower FVU at a higher L0 is another point of a trade-off, not a better dictionary."""
     left, right = [row(0.5), row(32.0, 0.0, metric="l0", better="none")], [row(0.2), row(l0, 0.0, metric="l0", better="none")]

@@ -45,7 +45,16 @@ def test_signed(value, text):
 
 @pytest.mark.parametrize(
     ("size", "text"),
-    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (6_200_000, "6.2 MB"), (999_600, "1.0 MB"), (123_456_789_000, "123 GB"), (None, "-"), (5e18, "5000 PB")],
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.0 kB"),
+        (6_200_000, "6.2 MB"),
+        (999_600, "1.0 MB"),
+        (123_456_789_000, "123 GB"),
+        (None, "-"),
+        (5e18, "5000 PB"),
+    ],
 )
 def test_size(size, text):
     assert numbers.size(size) == text
@@ -53,7 +62,18 @@ def test_size(size, text):
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.04, "0.0 s"), (3.21, "3.2 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (125, "2 min 05 s"), (3599.9, "1 h 00 min"), (7500, "2 h 05 min"), (None, "-"), (float("inf"), "-"), (-1, "-")],
+    [
+        (0.04, "0.0 s"),
+        (3.21, "3.2 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min 00 s"),
+        (125, "2 min 05 s"),
+        (3599.9, "1 h 00 min"),
+        (7500, "2 h 05 min"),
+        (None, "-"),
+        (float("inf"), "-"),
+        (-1, "-"),
+    ],
 )
 def test_duration(seconds, text):
     assert numbers.duration(seconds) == text

@@ -40,7 +40,9 @@ def test_an_empty_folder_is_an_empty_run(tmp_path):
 )
 def test_status_from_the_last_words(tmp_path, kinds, written, status):
     t0 = 1_760_000_000.0
-    (tmp_path / "events.jsonl").write_text("".join(json.dumps({"kind": kind, "stage": None, "data": {}, "t": t0 + 100 * i}) + "\n" for i, kind in enumerate(kinds)))
+    (tmp_path / "events.jsonl").write_text(
+        "".join(json.dumps({"kind": kind, "stage": None, "data": {}, "t": t0 + 100 * i}) + "\n" for i, kind in enumerate(kinds))
+    )
     if written:
         when = "2025-10-09T08:53:25Z" if written == "old" else "2025-10-09T09:53:20Z"
         (tmp_path / "run_card.json").write_text(json.dumps({"status": "finished" if written == "old" else written, "written": when}))

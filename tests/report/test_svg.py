@@ -73,7 +73,10 @@ def test_histogram_keeps_its_area():
 
 def test_names_cannot_break_out():
     hostile = '</title><script>alert("x")</script>\x1b[31m'
-    for picture in (svg.lines([svg.Series(hostile, [0, 1], [1, 2], 0)], title=hostile, x_label=hostile), svg.histogram([svg.Series(hostile, [0, 1], [3], 0)], title=hostile, x_label=hostile)):
+    for picture in (
+        svg.lines([svg.Series(hostile, [0, 1], [1, 2], 0)], title=hostile, x_label=hostile),
+        svg.histogram([svg.Series(hostile, [0, 1], [3], 0)], title=hostile, x_label=hostile),
+    ):
         ElementTree.fromstring(picture)
         assert "<script" not in picture and "\x1b" not in picture
         assert not re.search(r"\son\w+=", picture)

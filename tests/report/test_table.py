@@ -25,7 +25,13 @@ def test_datasets_stand_beside_each_other_in_sample_first():
 
 
 def test_every_measurement_is_in_exactly_one_cell():
-    measured = [row(metric=metric, dataset=dataset, subjects=(sae,), evaluator=maker) for metric in ("fvu", "l0") for dataset in ("x", "y", None) for sae in "ab" for maker in ("p/q", "r/s")]
+    measured = [
+        row(metric=metric, dataset=dataset, subjects=(sae,), evaluator=maker)
+        for metric in ("fvu", "l0")
+        for dataset in ("x", "y", None)
+        for sae in "ab"
+        for maker in ("p/q", "r/s")
+    ]
     groups = table.groups(measured)
     assert [group.subjects for group in groups] == [("a",), ("b",)]
     assert sum(len(line.cells) for group in groups for line in group.rows) == len(measured)
@@ -38,10 +44,18 @@ def test_two_definitions_of_one_word_are_two_rows():
 
 
 def test_numbers_that_are_missing_say_why():
-    measured = [row(value=None, status="failed", reason="NaN"), row("l0", value=None, status="not_measured", reason="no model"), row("dead", value=None, status="not_measured", reason="undecided at this budget")]
+    measured = [
+        row(value=None, status="failed", reason="NaN"),
+        row("l0", value=None, status="not_measured", reason="no model"),
+        row("dead", value=None, status="not_measured", reason="undecided at this budget"),
+    ]
     (group,) = table.groups(measured)
     cells = [line.cells["in_sample"] for line in group.rows]
-    assert [(cell.text, cell.remark) for cell in cells] == [("failed", "NaN"), ("not measured", "no model"), ("undecided", "undecided at this budget")]
+    assert [(cell.text, cell.remark) for cell in cells] == [
+        ("failed", "NaN"),
+        ("not measured", "no model"),
+        ("undecided", "undecided at this budget"),
+    ]
 
 
 def test_an_interval_without_an_error_is_shown_and_a_caveat_stays_with_its_number():
