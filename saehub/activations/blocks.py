@@ -93,10 +93,18 @@ class BlockStream:
             )
         self._total_batches = self._batches_for(rows)
         self.n_blocks = -(-self._total_batches // batches_per_block)
-        settings = {name: getattr(self, name) for name in ("sites", "seed", "batches_per_block", "rows", "calibration_batches", "repeat")}
-        data = getattr(session, "data_hash", None)
-        self.hash = hash_json({**settings, "dtype": dtype, "data": data if isinstance(data, str) else None, "kept": self._kept.tolist()})
-        """Of what determines the stream: the data's hash (token ids, exclusion, order), the seed and the numeric settings."""
+        self.hash = self.hash_of(self.sites)
+        """`hash_of` all sites."""
+
+    def hash_of(self, sites: Sequence[str]) -> str:
+        """SHA-256 of what determines the rows of `sites`: the data's hash (token ids, exclusion, order), the seed and the numeric settings.
+
+        Other sites read in the same pass do not enter: a job's stream is the same beside others as alone.
+        """
+        settings = {name: getattr(self, name) for name in ("seed", "batches_per_block", "rows", "calibration_batches", "repeat")}
+        data = getattr(self.session, "data_hash", None)
+        data = data if isinstance(data, str) else None
+        return hash_json({**settings, "sites": list(sites), "dtype": self.dtype_name, "data": data, "kept": self._kept.tolist()})
 
     # Which batches, in which order
 

@@ -66,7 +66,7 @@ class HubStream:
             calibration_batches=self.calibration_batches,
             repeat=plan.totals["repeat"],
         )
-        self.n_blocks, self.hash = self.blocks.n_blocks, None
+        self.n_blocks = self.blocks.n_blocks
         self._calibration: dict[str, Tensor] | None = None
         self._store = self._open_store(plan)
 
@@ -136,13 +136,17 @@ class HubStream:
 
         return 1.0 if normalize == "none" else scale_of(self.calibration(self.context.plan.recipe.extract.calibration)[site], normalize)
 
+    def hash_of(self, sites: list[str]) -> str:
+        """The stream hash of one job."""
+        return self.blocks.hash_of(sites)
+
     def probe_rows(self, n: int) -> ProbeRows:
-        """Up to `n` rows of the first calibration batch (else of the first batch), spread over sequences and positions."""
+        """Up to `n` rows of the first calibration batch (else of the first batch), spread over sequences and positions; the same for all."""
         import torch
 
         rows = self.session.rows(0)
         kept = torch.nonzero(rows.keep_N).flatten()
-        chosen = kept[torch.randperm(kept.numel(), generator=generator("probe", *self.sites))[:n]].sort().values
+        chosen = kept[torch.randperm(kept.numel(), generator=generator("probe"))[:n]].sort().values
         contexts = None
         if rows.token_ids_N is not None and rows.sequences_N is not None:
             first = int(rows.sequences_N[0])

@@ -247,7 +247,7 @@ def provenance(context: Context, trainee: Trainee, stream: BlockStream) -> dict[
         else None,
         "data": {
             "hash": tokens.hash if tokens else None,
-            "stream_hash": stream.hash,
+            "stream_hash": stream.hash_of([site for site in (job.site, job.target_site) if site]),
             "tokens_trained": trainee.step * job.batch,
             "sources": [asdict(entry) for entry in train.mix] if train else [],
         },

@@ -1,5 +1,6 @@
 """kill -9 at six moments, then the same command: final tensors and optimizer state are bit-identical to the uninterrupted run."""
 
+import json
 import os
 import subprocess
 import sys
@@ -46,6 +47,12 @@ def results(tmp: Path, home: str) -> dict[str, bytes]:
     return found
 
 
+def header(home: Path, job: str) -> dict:
+    """A checkpoint's saehub.json."""
+    (file,) = home.glob(f"runs/*/checkpoints/{job}/saehub.json")
+    return json.loads(file.read_text())
+
+
 def test_kill_nine_at_six_moments(tmp_path):
     (tmp_path / "killed.yaml").write_text(RECIPE)
     straight = command(tmp_path, "straight", "never", 0)
@@ -66,6 +73,8 @@ def test_kill_nine_at_six_moments(tmp_path):
     assert last <= set(found), sorted(last - set(found))[:5]
     different = [name for name in last if expected[name] != found[name]]
     assert not different, different
+    headers = [{job: header(tmp_path / home, job) for job in "ab"} for home in ("straight", "killed")]
+    assert headers[0] == headers[1], "provenance, stream hash included, must not tell the two apart"
 
 
 @pytest.mark.parametrize("store", ["disk", "auto"])
