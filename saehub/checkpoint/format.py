@@ -67,13 +67,13 @@ def save(sae: SAE, path: str | Path, *, probe: Probe | None = None, overwrite: b
     return path
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A safetensors file, written beside and renamed, so that it is whole or absent."""
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """A safetensors file (with words in its header, if any), written beside and renamed, so that it is whole or absent."""
     from safetensors.torch import save_file
 
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, beside)
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, beside, dict(metadata) if metadata else None)
         with open(beside, "rb+") as stream:
             os.fsync(stream.fileno())
         os.replace(beside, path)

@@ -1,0 +1,72 @@
+"""dictionary_learning's config in, saehub's provenance out, and back: its hook names are free text, so few of them say a site."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from saehub.checkpoint.foreign import local_shape
+from saehub.errors import SaehubError
+from saehub.sites import FAMILIES, KINDS, Site
+
+_SPELLED = re.compile(rf"({'|'.join(KINDS[:-1])})_layer_(\d+)")
+"""`resid_post_layer_8`: how the library's demos name a submodule."""
+
+
+def provenance(config: Mapping[str, Any]) -> dict[str, Any]:
+    """site, model, tokens and trainer as far as the config says. A bare `layer` names no tensor: it goes to `unknown_site` as it is."""
+    trainer = config["trainer"]
+    buffer = config.get("buffer") if isinstance(config.get("buffer"), dict) else {}
+    found: dict[str, Any] = {}
+    if isinstance(trainer.get("lm_name"), str) and trainer["lm_name"]:
+        found["model"] = {"name": trainer["lm_name"]}
+    layer, submodule = trainer.get("layer"), trainer.get("submodule_name")
+    if isinstance(submodule, str) and submodule:
+        site = _site(submodule, layer, found.get("model") or {})
+        found["site" if site else "unknown_site"] = site or submodule
+    elif layer is not None:
+        found["unknown_site"] = layer if isinstance(layer, str) and not layer.isdigit() else f"layer {layer}"
+    if isinstance(buffer.get("ctx_len"), int):
+        found["tokens"] = {"context": buffer["ctx_len"]}
+    if isinstance(trainer.get("trainer_class"), str):
+        found["trainer"] = {"component": f"dictionary_learning {trainer['trainer_class']}"}
+    return found
+
+
+def _site(name: str, layer: Any, model: dict[str, Any]) -> str | None:
+    if match := _SPELLED.fullmatch(name):
+        return f"{match[1]}.{match[2]}" if layer is None or str(layer) == match[2] else None
+    shape = local_shape(model)
+    if shape is None or shape.family not in FAMILIES:
+        return _parsed(name)
+    try:
+        site = Site.from_foreign(name, shape)
+    except SaehubError:
+        return None
+    return str(site) if site.kind is not None or site.module.startswith(f"{FAMILIES[shape.family][0]}.") else None
+
+
+def _parsed(name: str) -> str | None:
+    try:
+        return str(Site.parse(name))
+    except SaehubError:
+        return None
+
+
+def trainer_words(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of `config["trainer"]` that the provenance can fill."""
+    layer, submodule = None, provenance.get("unknown_site")
+    if match := re.fullmatch(r"layer (\d+)", submodule or ""):  # a bare layer, as it was read
+        layer, submodule = int(match[1]), None
+    if provenance.get("site"):
+        site = Site.parse(provenance["site"])
+        layer = site.layer
+        submodule = f"{site.kind}_layer_{site.layer}" if site.layer is not None else str(site)
+    return {"layer": layer, "submodule_name": submodule, "lm_name": (provenance.get("model") or {}).get("name") or ""}
+
+
+def buffer_words(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of `config["buffer"]`."""
+    context = (provenance.get("tokens") or {}).get("context")
+    return {"ctx_len": context} if context else {}
