@@ -63,9 +63,9 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: st
 
 def _grid(columns: Sequence[str], right: Iterable[str] = ()) -> Table:
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
-    numeric = set(right)  # these never wrap: a number on two lines is misread
+    numeric = set(right)
     for name in columns:
-        grid.add_column(Text(clean(name)), justify="right" if name in numeric else "left", no_wrap=name in numeric, overflow="fold")
+        grid.add_column(Text(clean(name)), justify="right" if name in numeric else "left", overflow="fold")
     return grid
 
 
@@ -98,19 +98,18 @@ def results(measurements: Iterable[Any]) -> None:
 
 
 def _glance(found: Sequence[Group]) -> None:
-    """The headline numbers of several SAEs in one table, the datasets beside each other."""
-    columns: dict[tuple[str, str | None], str] = {}
+    """The headline numbers of several SAEs in one table that fits a narrow terminal: one line an SAE and dataset."""
     picked = [(group, {row.metric: row for row in headlines(group)}) for group in found]
-    for group, rows in picked:
-        for name, row in rows.items():
-            for dataset in group.datasets:
-                if dataset in row.cells:
-                    columns.setdefault((name, dataset), f"{name} {row.arrow}".strip() + f"\n{_column(dataset)}")
-    grid = _grid(["SAE", *columns.values()], right=columns.values())
+    columns = {name: f"{name} {row.arrow}".strip() for _, rows in picked for name, row in rows.items()}
+    grid = _grid(["SAE", "dataset", *columns.values()], right=columns.values())
     short = len({group.subjects for group in found}) == len(found)  # else the site tells them apart
     for group, rows in picked:
-        cells = [rows[name].cells.get(dataset) if name in rows else None for name, dataset in columns]
-        grid.add_row(text(" + ".join(group.subjects) if short else group.title), *(text(cell.text if cell else "") for cell in cells))
+        title = " + ".join(group.subjects) if short else group.title
+        for dataset in group.datasets:
+            cells = [rows[name].cells.get(dataset) if name in rows else None for name in columns]
+            if any(cells):
+                grid.add_row(text(title), text(_column(dataset)), *(text(cell.text if cell else "") for cell in cells))
+                title = ""
     show(Text("\nat a glance", style="bold"))
     show(grid)
 

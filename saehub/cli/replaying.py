@@ -34,10 +34,10 @@ def replay(run: RunFolder, folder: Path | None, *, as_json: bool) -> int:
     from saehub.plugins import catalog
 
     found = _recipe(run)
-    folder = (folder or run.path.with_name(f"{run.name}-replay")).absolute()
+    folder = (folder or home() / "replays" / run.name).absolute()
     if folder == run.path:
         raise UsageError("the replay would overwrite the run itself", fix="another --out")
-    base = home() / "replay" / run.name
+    base = home() / "replays" / ".stores" / run.name
     plan = make_plan(found, catalog(), base=base, out=folder)
     _tell_changes(run, plan)
     code = run_plan(plan, as_json=as_json, quiet=True)

@@ -136,7 +136,7 @@ def compare(first: str, second: str, as_json: bool) -> None:
     "folder",
     type=click.Path(path_type=Path, file_okay=False),
     metavar="DIR",
-    help="Run folder of the replay (default: RUN-replay beside the run).",
+    help="Run folder of the replay (default: .saehub/replays/RUN).",
 )
 @json_option("Print every event as one JSON line on stdout; the last line is the comparison.")
 def replay(run: str, folder: Path | None, as_json: bool) -> int:

@@ -142,11 +142,20 @@ def test_details_of_a_stage(detail, text):
 
 def test_several_saes_end_with_a_glance(home, capsys, fake_run):
     render.results(fake_run.measurements("a") + fake_run.measurements("b", 0.02))
-    *_, heading, metrics, datasets, _, first, second = capsys.readouterr().out.splitlines()
+    heading, names, _, *rows = capsys.readouterr().out.splitlines()[-7:]
     assert heading == "at a glance"
-    assert metrics.split() == [
-        *(word for name in ("fvu ↓", "ce_recovered_zero ↑", "l0", "dead_share@1e-04 ↓") for word in name.split() * 2)
-    ]
-    assert datasets.split() == ["SAE"] + ["in-sample", "out-of-sample"] * 4
-    assert first.startswith("a     0.1293 ± 0.0021   0.2103 ± 0.0051")
-    assert second.startswith("b     0.1493 ± 0.0021   0.2303 ± 0.0051")
+    assert names.split() == "SAE dataset fvu ↓ ce_recovered_zero ↑ l0 dead_share@1e-04 ↓".split()
+    assert [row.split("  ")[0] for row in rows] == ["a", "", "b", ""]
+    assert rows[0].split() == "a in-sample 0.1293 ± 0.0021 0.9634 ± 0.0012 32.00 ± 0 0.0133 ± 0.0011".split()
+    assert rows[3].split() == "out-of-sample 0.2303 ± 0.0051 0.9224 ± 0.0022 32.00 ± 0 0.0133 ± 0.0011".split()
+
+
+def test_a_narrow_terminal_loses_no_digit(home, capsys, monkeypatch, fake_run):
+    """Cells fold; they are never cut, for half a number is a wrong number."""
+    monkeypatch.setenv("COLUMNS", "60")
+    render.results(fake_run.measurements("a") + fake_run.measurements("b", 0.02))
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 60
+    monkeypatch.setenv("COLUMNS", "200")
+    render.results(fake_run.measurements("a") + fake_run.measurements("b", 0.02))
+    assert sorted(filter(str.isdigit, capsys.readouterr().out)) == sorted(filter(str.isdigit, out))

@@ -185,7 +185,7 @@ def test_a_replay_that_is_the_same(saehub, replayed, home):
     said = saehub("runs", "replay", "r")
     assert said.code == 0
     assert "the run replays bit by bit" in said.err and "36 of 36 compared hashes and numbers are identical" in said.err
-    assert (home / "runs" / "r-replay" / "results.json").is_file()
+    assert (home / "replays" / "r" / "results.json").is_file()
     assert replayed.base != home and not replayed.base.exists()  # a store of its own, gone when done
 
 
