@@ -42,6 +42,7 @@ def run_card(context: Context, done: list[Stage], seconds: float, errors: list[S
         "extract": {name: value for name, value in to_plain(plan.recipe)["extract"].items()},
         "store": plan.totals.get("store"),
         "environment": context.environment,
+        "peak_memory": peak_memory(context.device),
         "stages": {
             stage.id: {
                 "key": stage.key,
@@ -80,3 +81,17 @@ def _sae(stage: Stage, manifest: dict[str, Any]) -> dict[str, Any]:
             "last_metrics": manifest.get("metrics"),
         }
     return card
+
+
+def peak_memory(device: str) -> int | None:
+    """Bytes: of the GPU where there is one, else the largest resident size of this process so far; None where the system does not say."""
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+        import sys
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

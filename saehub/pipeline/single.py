@@ -47,13 +47,12 @@ def recipe_for(
     entry: dict[str, Any] = {"name": name, **{key: model_facts[key] for key in ("dtype", "attention") if model_facts.get(key) and not model}}
     if model_facts.get("revision") and not model:
         entry["revision"] = model_facts["revision"]
-    first = next(iter(evaluated.values()))
     return {
         "saehub": 1,
         "name": f"eval-{Path(checkpoint.rstrip('/')).name}",
         "model": entry,
         "data": {
-            "train": {"tokens": tokens, **policy, "mix": first["mix"]},
+            "train": {"tokens": tokens, **policy},
             "eval": {dataset: {**value, "tokens": tokens} for dataset, value in evaluated.items()},
         },
         "extract": {"sites": [known["site"]]},

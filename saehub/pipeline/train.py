@@ -241,7 +241,7 @@ def provenance(context: Context, trainee: Trainee, stream: BlockStream) -> dict[
             "bos": train.bos,
             "exclude": list(train.exclude),
             "template": train.template,
-            "tokenizer_hash": tokens.manifest.get("tokenizer_hash"),
+            "tokenizer_hash": tokens.manifest["tokenizer"]["hash"],
         }
         if tokens and train
         else None,
