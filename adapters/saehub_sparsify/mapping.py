@@ -106,7 +106,10 @@ def _read(foreign: Foreign, where: names.Place) -> tuple[SAE, list[str]]:
         cautions.append(
             f"tensors of {' and '.join(sorted(dtypes))} are kept as they are; sparsify's own loader casts them all to one of these"
         )
-    return SAE.build(mapped, inner.tensors, {**names.provenance(where, transcode), "origin": origin}), cautions
+    known = names.provenance(where, transcode)
+    if kind != "autoencoder" and transcode is False and "site" in known:
+        known["target_site"] = known["site"]  # an autoencoder with a skip path
+    return SAE.build(mapped, inner.tensors, {**known, "origin": origin}), cautions
 
 
 def _transcodes(config: dict[str, Any], where: names.Place, skip: bool) -> tuple[bool | None, list[str]]:
