@@ -64,7 +64,8 @@ class CircuitTracer:
     def read(self, path: Path) -> SAE:
         """The transcoder, tensors bit-exact (W_enc transposed); FormatError for damage, several layers, and lists that leave the folder."""
         layer, file, config = _find(Path(path))
-        foreign = Foreign({**config, **_beside(file)}, _tensors(file))
+        side = _beside(file)
+        foreign = Foreign({**config, **side}, _tensors(file), side.get(SIDE_CHANNEL))
         plain = _read_plainly(foreign, config, layer)
         return restore(foreign, plain, lambda sae: to_circuit_tracer(sae)[1]) or plain
 
@@ -218,8 +219,9 @@ def to_circuit_tracer(sae: SAE) -> tuple[int, Foreign]:
     config |= {"model_kind": "transcoder_set", **dict(zip(HOOKS, hooks, strict=True)), "scan": None}
     origin = sae.provenance.get("origin")
     if isinstance(origin, dict) and origin.get("format") == FORMAT and isinstance(origin.get("config"), dict):
-        said = origin["config"]
-        if [said.get(key) for key in HOOKS] == hooks and said.get("model_name") == config.get("model_name"):
+        said = origin["config"]  # if it still names these very tensors, perhaps by another of their names
+        ours, theirs = (sites(*(_full(source.get(key), layer) for key in HOOKS)) for source in (config, said))
+        if ours == theirs and said.get("model_name") == config.get("model_name"):
             config = {key: value for key, value in said.items() if key != "transcoders"}
             foreign.dropped += [f"the list of files in {CONFIG}"] if "transcoders" in said else []
     t = foreign.tensors
@@ -242,7 +244,8 @@ def _hooks(provenance: Mapping[str, Any]) -> tuple[int, list[str]]:
         name = provenance.get(f"unknown_{key}")
         if not name and provenance.get(key):
             try:
-                name = Site.parse(str(provenance[key])).names(shape_of_family("llama"))["transformer_lens"]
+                site = Site.parse(str(provenance[key]))  # a bare module path could be anything in a model that is not at hand
+                name = site.names(shape_of_family("llama"))["transformer_lens"] if site.kind else None
             except SaehubError:
                 name = None
         match = re.fullmatch(r"blocks\.(\d+)\.(.+)", name) if isinstance(name, str) else None

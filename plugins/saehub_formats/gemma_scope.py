@@ -57,7 +57,8 @@ class GemmaScope:
     def read(self, path: Path) -> SAE:
         """The SAE, arrays bit-exact; FormatError for damage, pickled arrays and a scaling_factor other than one."""
         file = _file(Path(path))
-        foreign = Foreign(_beside(file), read_npz(file))
+        side = _beside(file)
+        foreign = Foreign(side, read_npz(file), side.get(SIDE_CHANNEL))
         plain = _read_plainly(foreign, file)
         return restore(foreign, plain, to_gemma_scope) or plain
 
