@@ -40,7 +40,8 @@ def inspect(source: str | Path) -> dict[str, Any]:
         entries = {tensor: {"dtype": str(t.dtype).removeprefix("torch."), "shape": list(t.shape)} for tensor, t in sae.tensors().items()}
         identity = v1.sae_hash(sae)
     found: dict[str, Any] = {"path": str(source), "format": name, **config.to_json(), "equation": _equation(config.architecture)}
-    found |= {"tensors": entries, "tensors_hash": identity, "bytes": sum(file.stat().st_size for file in path.iterdir() if file.is_file())}
+    files = [path] if path.is_file() else [file for file in path.iterdir() if file.is_file()]  # some formats keep several SAEs in a folder
+    found |= {"tensors": entries, "tensors_hash": identity, "bytes": sum(file.stat().st_size for file in files)}
     found["probe"] = {"rows": probe["rows"], "tokens": probe.get("tokens", False)} if probe else None
     found |= {"provenance": provenance, "missing": _missing(provenance, probe, config.kind)}
     return found | ({"hub": origin} if origin else {})
