@@ -48,7 +48,7 @@ def build(
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def toy():
     """`toy("topk", dtype=…, kind=…, norm_in=…)`."""
     return build
