@@ -35,7 +35,7 @@ ROUND = 2.0**-24
 
 
 class Written:
-    """One SAE that the format could say: where it lies, what the exporter noted, and what it reads back."""
+    """One SAE that the format could say: where it lies, what the exporter noted, and what it reads back (a published folder: as read)."""
 
     def __init__(self, name: str, sae: SAE, path: Path, notes: Mapping[str, Any], back: SAE):
         self.name, self.sae, self.path, self.notes, self.back = name, sae, path, notes, back
@@ -44,8 +44,8 @@ class Written:
 class Bench:
     """The exporter under test; every architecture and variant written and read once."""
 
-    def __init__(self, subject: Subject, folder: Path, saes: Mapping[str, SAE] | None):
-        self.subject, self.folder, self._saes = subject, folder, saes
+    def __init__(self, subject: Subject, folder: Path, saes: Mapping[str, SAE] | None, folders: Mapping[str, Path] | None):
+        self.subject, self.folder, self._saes, self.folders = subject, folder, saes, dict(folders or {})
         self.exporter = subject.cls(subject.config)  # reading and writing are the hub's own code, so they are tried here
         self.refused: dict[str, str] = {}
         self._fresh = 0
@@ -65,6 +65,15 @@ class Bench:
         return dict(zoo()) | {f"topk, {dtype}": random_sae("topk", dtype=dtype) for dtype in ("bfloat16", "float16")}
 
     @cached_property
+    def all(self) -> list[Written]:
+        """What was written, and the published folders."""
+        found = list(self.written)
+        for name, path in self.folders.items():
+            sae = self.exporter.read(Path(path))
+            found.append(Written(name, sae, Path(path), {"bit_exact": list(sae.tensors())}, sae))
+        return found
+
+    @cached_property
     def written(self) -> list[Written]:
         """Those that could be written; the others end in `refused` with their reason."""
         found = []
@@ -80,19 +89,21 @@ class Bench:
 
 
 def check_exporter(
-    component: Any, with_: Mapping[str, Any] | None = None, *, saes: Mapping[str, SAE] | None = None, only: Collection[str] | None = None
+    component: Any, with_: Mapping[str, Any] | None = None, *, saes: Mapping[str, SAE] | None = None,
+    folders: Mapping[str, Path] | None = None, only: Collection[str] | None = None
 ) -> ConformanceReport:
     """Everything that `saehub.api.Exporter` promises, on every built-in architecture in every variant (norms, transcoders, dtypes).
 
     Args:
         component: `"plugin/name"`, a `Registered` (its `run` is called in a worker where it `requires` a library), or `(Class, config)`.
         with_: settings, as in a recipe (the first two forms).
-        saes: what to write instead, by name; for a format of architectures that are not built in.
+        saes: what to write instead, by name; for a format of architectures that are not built in, or that needs to know a site.
+        folders: published folders (or files) by name, which are only read; needed for a format that is not written.
         only: names of the checks to run; None: all.
     """
     subject = resolve("exporter", component, with_)
     with scratch() as folder:
-        bench = Bench(subject, Path(folder), saes)
+        bench = Bench(subject, Path(folder), saes, folders)
         checks: list[tuple[str, Callable[[], str | None]]] = [
             *common_checks(subject),
             ("writes or refuses, cleanly", lambda: _writes_or_refuses(bench)),
@@ -110,7 +121,7 @@ def check_exporter(
 
 def _writes_or_refuses(bench: Bench) -> str:
     written = bench.written
-    expect(written, f"no SAE could be written: {json.dumps(bench.refused)}")
+    expect(bench.all, f"no SAE could be written, and no `folders` to read were given: {json.dumps(bench.refused)}")
     for item in written:
         notes = item.notes
         expect(isinstance(notes, Mapping) and "bit_exact" in notes, f"{item.name}: write() returned {notes!r}, expected folded, dropped, bit_exact")
@@ -126,7 +137,7 @@ def _writes_or_refuses(bench: Bench) -> str:
         raises_cleanly(lambda path=path, name=name: bench.exporter.write(bench.saes[name], path), name)
         expect(not path.exists() or not bench.exporter.sniff(path), f"{name}: refused, but a folder that looks complete was left behind")
     reasons = "; ".join(f"{name}: {reason}" for name, reason in list(bench.refused.items())[:2])
-    return f"{len(written)} written, {len(bench.refused)} refused" + (f" ({reasons} …)" if reasons else "")
+    return f"{len(written)} written, {len(bench.refused)} refused, {len(bench.folders)} published" + (f" ({reasons} …)" if reasons else "")
 
 
 def _round_trip(bench: Bench) -> str:
@@ -151,8 +162,7 @@ def _same_function(bench: Bench) -> str:
     worst = 0.0
     for item in bench.written:
         x_ND = rows_for(item.sae)
-        features_NF = _run(item.back, x_ND)[0]
-        reconstruction_ND = _run(item.back, x_ND)[1]
+        features_NF, reconstruction_ND = _run(item.back, x_ND)
         worst = max(worst, agreement(item.sae, x_ND, features_NF, reconstruction_ND, f"{item.name}: read back"))
     return f"{len(bench.written)} SAEs, reconstruction within {worst:.1g}"
 
@@ -212,12 +222,12 @@ def _own_code(bench: Bench) -> str:
         worst = _compare(bench, bench.subject.make().run, rows_for)
     else:
         worst = _compare(bench, bench.exporter.run, rows_for)
-    return f"{len(bench.written)} SAEs, reconstruction within {worst:.1g}"
+    return f"{len(bench.all)} SAEs, reconstruction within {worst:.1g}"
 
 
 def _compare(bench: Bench, run: Callable[..., tuple[Tensor, Tensor]], rows_for: Callable[..., Tensor]) -> float:
     worst = 0.0
-    for item in bench.written:
+    for item in bench.all:
         if item.sae.W_dec.element_size() < 4:
             continue  # a stored low-precision SAE computes in its own dtype; the read-back check covers it
         x_ND = rows_for(item.sae)
@@ -235,8 +245,8 @@ def _sniff(bench: Bench) -> str:
     from saehub.testing.components import ToyExporter
     from saehub.testing.saes import random_sae
 
-    for item in bench.written:
-        expect(bench.exporter.sniff(item.path), f"{item.name}: sniff() does not know what write() wrote")
+    for item in bench.all:
+        expect(bench.exporter.sniff(item.path), f"{item.name}: sniff() does not know its own format")
     empty, junk, weights = bench.path(), bench.path(), bench.path()
     for folder in (empty, junk, weights):
         folder.mkdir()
@@ -253,34 +263,35 @@ def _sniff(bench: Bench) -> str:
     for path in foreign:
         answer = bench.exporter.sniff(path)
         expect(answer is False, f"sniff() says {answer!r} to {sorted(p.name for p in path.iterdir()) if path.is_dir() else path.name}")
-    return f"{len(bench.written)} own, {len(foreign)} foreign"
+    return f"{len(bench.all)} own, {len(foreign)} foreign"
 
 
 def _damaged(bench: Bench) -> str:
-    item, tried = bench.written[0], 0
-    files = [file.relative_to(item.path) for file in sorted(item.path.rglob("*")) if file.is_file() and file.stat().st_size > 0]
-    weights = [file for file in files if file.suffix not in (".json", ".md", ".yaml")]
-    expect(weights, f"no weight file among {', '.join(map(str, files))}")
-    for file in weights:
+    # The largest file holds the weights: without it, or with damage to it, nothing may be read. A side file may be ignored.
+    item, tried = bench.all[0], 0
+    root = item.path if item.path.is_dir() else item.path.parent
+    files = [file.relative_to(root) for file in sorted(root.rglob("*")) if file.is_file() and file.stat().st_size > 0]
+    weights = max(files, key=lambda file: (root / file).stat().st_size)
+    for file in files:
         for damage in ("cut in half", "missing", "zeros"):
-            path = bench.path()
-            shutil.copytree(item.path, path)
-            whole = (path / file).read_bytes()
+            copy = bench.path()
+            shutil.copytree(root, copy)
+            whole = (copy / file).read_bytes()
             if damage == "missing":
-                (path / file).unlink()
+                (copy / file).unlink()
             else:
-                (path / file).write_bytes(whole[: len(whole) // 2] if damage == "cut in half" else bytes(len(whole)))
-            raises_cleanly(lambda path=path: bench.exporter.read(path), f"{file} {damage}")
+                (copy / file).write_bytes(whole[: len(whole) // 2] if damage == "cut in half" else bytes(len(whole)))
+            path = copy if item.path.is_dir() else copy / item.path.name
             tried += 1
-    for file in (file for file in files if file.suffix == ".json"):
-        path = bench.path()
-        shutil.copytree(item.path, path)
-        (path / file).write_text("{")
-        try:
-            bench.exporter.read(path)  # a side file may be ignored; what is read must be read cleanly
-        except SaehubError:
-            pass
-        tried += 1
+            if file == weights:
+                raises_cleanly(lambda path=path: bench.exporter.read(path), f"{file} {damage}")
+                continue
+            try:
+                bench.exporter.read(path)
+            except SaehubError:
+                pass
+            except Exception as error:
+                raise AssertionError(f"{file} {damage}: read() raised {type(error).__name__}: {error}, not a saehub error") from error
     return f"{tried} damages"
 
 
@@ -290,6 +301,8 @@ def _no_library(bench: Bench) -> str:
         return "no library"
     from saehub.checkpoint.format import save
 
+    if not bench.written:
+        return "nothing is written"
     item = bench.written[0]
     source, target = bench.path(), bench.path()
     save(item.sae, source)

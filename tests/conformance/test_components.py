@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -34,11 +35,70 @@ def stored_activations(folder: Path) -> dict:
     return {"with_": {"path": str(folder), "exclude_ids": [0]}, "sites": ["resid_post.0", "mlp_out.0"]}
 
 
+def published(tmp: Path) -> dict[str, dict]:
+    """A folder or file in each layout that is only read, written here as its publisher describes it, from one random SAE."""
+    sae = random_sae("jumprelu", subtract_b_dec=False, kind="autoencoder")
+    t = {name: tensor.clone() for name, tensor in sae.tensors().items()}
+    rows = {"W_enc": t["W_enc"].T.contiguous(), "W_dec": t["W_dec"].T.contiguous()}
+
+    gemma = tmp / "gemma-scope-2"
+    gemma.mkdir()
+    (gemma / "config.json").write_text(json.dumps({"architecture": "jump_relu", "type": "sae", "model_name": "google/gemma-3-270m"}))
+    names = {"w_enc": "W_enc", "b_enc": "b_enc", "w_dec": "W_dec", "b_dec": "b_dec", "threshold": "threshold"}
+    save_file({name: t[ours] for name, ours in names.items()}, gemma / "params.safetensors")
+
+    openai = tmp / "openai" / "resid_post_mlp_v5_32k" / "autoencoders"
+    openai.mkdir(parents=True)
+    entries = {"pre_bias": t["b_dec"], "latent_bias": t["b_enc"], "encoder.weight": rows["W_enc"], "decoder.weight": rows["W_dec"]}
+    torch.save({**entries, "activation": "TopK", "activation_state_dict": {"k": 6, "postact_fn": "ReLU"}}, openai / "6.pt")
+    torch.save({**entries, "activation": "ReLU"}, openai / "7.pt")
+
+    goodfire = tmp / "goodfire"
+    goodfire.mkdir()
+    linear = {"encoder_linear.weight": rows["W_enc"], "encoder_linear.bias": t["b_enc"], "decoder_linear.weight": rows["W_dec"], "decoder_linear.bias": t["b_dec"]}
+    torch.save(linear, goodfire / "Llama-3.1-8B-Instruct-SAE-l19.pth")
+
+    qwen = tmp / "SAE-Res-Qwen3-1.7B-W32K-L0_6"
+    qwen.mkdir()
+    torch.save({**rows, "b_enc": t["b_enc"], "b_dec": t["b_dec"]}, qwen / "layer12.sae.pt")
+    (qwen / "README.md").write_text("| Setting | Value |\n|---|---|\n| Top-K | 6 |\n")
+
+    llama = tmp / "llama-scope"
+    (llama / "checkpoints").mkdir(parents=True)
+    hook = "blocks.15.hook_resid_post"
+    about = {"d_model": 16, "act_fn": "jumprelu", "hook_point_in": hook, "hook_point_out": hook, "norm_activation": "dataset-wise"}
+    about |= {"jump_relu_threshold": 0.3, "dataset_average_activation_norm": {"in": 5.0, "out": 5.0}, "sparsity_include_decoder_norm": True}
+    (llama / "hyperparams.json").write_text(json.dumps(about))
+    weights = {"encoder.weight": rows["W_enc"], "encoder.bias": t["b_enc"], "decoder.weight": rows["W_dec"], "decoder.bias": t["b_dec"]}
+    save_file(weights, llama / "checkpoints" / "final.safetensors")
+    return {
+        "formats/gemma_scope_2": {"folders": {"jump_relu": gemma}},
+        "formats/openai": {"folders": {"topk": openai / "6.pt", "relu": openai / "7.pt"}},
+        "formats/goodfire": {"folders": {"relu": goodfire}},
+        "formats/qwen_scope": {"folders": {"topk": qwen}},
+        "formats/llama_scope": {"folders": {"2024": llama}},
+    }
+
+
+def placed_transcoders() -> dict:
+    """Transcoders that say where they read and what they predict: circuit-tracer's layout must know."""
+    made = {}
+    for architecture in ("relu", "jumprelu", "batchtopk"):
+        for kind in ("transcoder", "skip_transcoder"):
+            sae = random_sae(architecture, kind=kind, subtract_b_dec=False)
+            sae.provenance.update(site="mlp_in.1", target_site="mlp_out.1")
+            made[f"{architecture} {kind}"] = sae
+    return made
+
+
+READ_ONLY = ("formats/gemma_scope_2", "formats/openai", "formats/goodfire", "formats/qwen_scope", "formats/llama_scope")
 # What a component needs in order to be tried: settings without defaults, and what it must refuse. Others are tried as they are.
 TRAIN = {"batch": 256, "width": 96}
 ARGUMENTS = {
     "native/topk": lambda tmp: {"with_": {**TRAIN, "k": 4}, "refuses": [{"k": 1000}, {"k": 0}, {"lr": -1.0}, {"expansion": 4.0}, {"warmup": 2.0}]},
     "native/files": lambda tmp: stored_activations(tmp / "activations"),
+    "formats/circuit_tracer": lambda tmp: {"saes": placed_transcoders()},
+    **{address: (lambda tmp, address=address: published(tmp)[address]) for address in READ_ONLY},
 }
 
 
