@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 from saehub.checkpoint.foreign import RESTORE, SIDE_CHANNEL, Foreign, Unsayable, check_shapes, read_config, restore
 from saehub.errors import CheckFailed, FormatError, SaehubError, UsageError
-from saehub_formats.common import combine, multiply, shape_of_family, sites
+from saehub_formats.common import build, combine, multiply, shape_of_family, sites
 from saehub_formats.files import MAX_TEXT_BYTES, read_yaml
 from saehub_formats.jump import fold_to_jumprelu
 
@@ -66,7 +66,7 @@ class CircuitTracer:
         layer, file, config = _find(Path(path))
         side = _beside(file)
         foreign = Foreign({**config, **side}, _tensors(file), side.get(SIDE_CHANNEL))
-        plain = _read_plainly(foreign, config, layer)
+        plain = _read_plainly(foreign, config, layer, file)
         return restore(foreign, plain, lambda sae: to_circuit_tracer(sae)[1]) or plain
 
     def refusal(self, sae: SAE) -> str | None:
@@ -183,9 +183,8 @@ def _beside(file: Path) -> dict[str, Any]:
         return {}
 
 
-def _read_plainly(foreign: Foreign, config: dict[str, Any], layer: int) -> SAE:
+def _read_plainly(foreign: Foreign, config: dict[str, Any], layer: int, file: Path) -> SAE:
     from saehub.checkpoint.config import SAEConfig
-    from saehub.checkpoint.sae import SAE
 
     stored = foreign.tensors
     ours = {"W_enc": stored["W_enc"].T.contiguous(), **{name: stored[name] for name in ("b_enc", "W_dec", "b_dec", "W_skip") if name in stored}}
@@ -198,7 +197,7 @@ def _read_plainly(foreign: Foreign, config: dict[str, Any], layer: int) -> SAE:
     if isinstance(config.get("model_name"), str):
         about["model"] = {"name": config["model_name"]}
     about["origin"] = {"format": FORMAT, "config": json.loads(json.dumps(config, default=str)), "layer": layer}
-    return SAE.build(SAEConfig(architecture, d, d_sae, kind=kind, subtract_b_dec=False), ours, about)
+    return build(file, SAEConfig(architecture, d, d_sae, kind=kind, subtract_b_dec=False), ours, about)
 
 
 def _full(hook: Any, layer: int) -> str | None:

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saehub.api import ModelShape
-from saehub.errors import CheckFailed, SaehubError
+from saehub.checkpoint.foreign import RESTORE
+from saehub.errors import CheckFailed, FormatError, SaehubError
 from saehub.sites import Site
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from saehub.checkpoint.config import SAEConfig
     from saehub.checkpoint.sae import SAE
 
 PIECE = 2**22
@@ -35,6 +37,16 @@ class ReadOnly:
     def write(self, sae: SAE, path: Path) -> Mapping[str, Any]:
         """CheckFailed, always."""
         raise CheckFailed(f"{path} was not written", why=self.refusal(sae), fix="--to saehub, saelens, circuit_tracer or gemma_scope")
+
+
+def build(file: Path, config: SAEConfig, tensors: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> SAE:
+    """`SAE.build`, whose errors name the file."""
+    from saehub.checkpoint.sae import SAE
+
+    try:
+        return SAE.build(config, tensors, provenance)
+    except FormatError as error:
+        raise FormatError(f"{file}: {error.what}", where=error.where, why=error.why, fix=error.fix or RESTORE) from error
 
 
 def shape_of_family(family: str) -> ModelShape:

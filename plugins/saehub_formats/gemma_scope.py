@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from saehub.checkpoint.foreign import RESTORE, SIDE_CHANNEL, Foreign, Unsayable, check_shapes, read_config, restore
 from saehub.errors import CheckFailed, FormatError, SaehubError
-from saehub_formats.common import combine, multiply, sites
+from saehub_formats.common import build, combine, multiply, sites
 from saehub_formats.files import npz_names, read_npz, write_npz
 from saehub_formats.jump import fold_to_jumprelu
 
@@ -111,7 +111,6 @@ def _beside(file: Path) -> dict[str, Any]:
 
 def _read_plainly(foreign: Foreign, file: Path) -> SAE:
     from saehub.checkpoint.config import SAEConfig
-    from saehub.checkpoint.sae import SAE
 
     arrays = {_ours(name): array for name, array in foreign.tensors.items()}
     about = _about(file)
@@ -128,7 +127,7 @@ def _read_plainly(foreign: Foreign, file: Path) -> SAE:
     check_shapes(file, arrays, {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_out), "b_dec": (d_out,), "threshold": (d_sae,)})
     kind = "transcoder" if about["site"] == "transcoders" or d_in != d_out else "autoencoder"
     config = SAEConfig("jumprelu", d_in, d_sae, d_out=d_out, kind=kind, subtract_b_dec=False)
-    return SAE.build(config, arrays, {**about["provenance"], "origin": origin})
+    return build(file, config, arrays, {**about["provenance"], "origin": origin})
 
 
 def _about(file: Path) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from saehub.checkpoint.foreign import RESTORE, check_shapes, read_config
 from saehub.errors import FormatError
-from saehub_formats.common import ReadOnly, combine, multiply, sites
+from saehub_formats.common import ReadOnly, build, combine, multiply, sites
 from saehub_formats.files import safetensors_names
 
 if TYPE_CHECKING:
@@ -50,7 +50,6 @@ class GemmaScope2(ReadOnly):
         """The SAE, tensors bit-exact (W_skip transposed); FormatError for damage, and for what is not one layer's dictionary."""
         from saehub.checkpoint.config import SAEConfig
         from saehub.checkpoint.format import read_tensors
-        from saehub.checkpoint.sae import SAE
 
         path = Path(path)
         config = read_config(path / CONFIG) if (path / CONFIG).is_file() else {}
@@ -74,7 +73,7 @@ class GemmaScope2(ReadOnly):
         if _text(config.get("model_name")):
             about["model"] = {"name": config["model_name"]}
         about["origin"] = {"format": FORMAT, "config": config}
-        return SAE.build(SAEConfig("jumprelu", d_in, d_sae, d_out=d_out, kind=kind, subtract_b_dec=False), ours, about)
+        return build(path / WEIGHTS, SAEConfig("jumprelu", d_in, d_sae, d_out=d_out, kind=kind, subtract_b_dec=False), ours, about)
 
     def run(self, path: Path, x_ND: Tensor) -> tuple[Tensor, Tensor]:
         """Features [n, d_sae] and reconstruction [n, d_out] of rows [n, d_in]: the published equation in float64, rounded once."""

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from saehub.checkpoint.foreign import RESTORE, check_shapes
 from saehub.errors import FormatError
-from saehub_formats.common import ReadOnly, combine, multiply, sites
+from saehub_formats.common import ReadOnly, build, combine, multiply, sites
 from saehub_formats.files import first_file, one_file, read_torch, read_yaml, torch_words
 
 if TYPE_CHECKING:
@@ -47,7 +47,6 @@ class Goodfire(ReadOnly):
     def read(self, path: Path) -> SAE:
         """The SAE, tensors bit-exact (matrices transposed); FormatError for damage."""
         from saehub.checkpoint.config import SAEConfig
-        from saehub.checkpoint.sae import SAE
 
         file = one_file(Path(path), PATTERN, "a Goodfire SAE")
         stored = read_torch(file)
@@ -67,7 +66,7 @@ class Goodfire(ReadOnly):
         about: dict[str, Any] = {}
         if match := _NAME.fullmatch(file.name):
             about = {**sites(f"model.layers.{match[2]}", family="llama"), "model": {"name": match[1]}}
-        return SAE.build(SAEConfig("relu", d, d_sae, subtract_b_dec=False), ours, {**about, "origin": origin})
+        return build(file, SAEConfig("relu", d, d_sae, subtract_b_dec=False), ours, {**about, "origin": origin})
 
     def run(self, path: Path, x_ND: Tensor) -> tuple[Tensor, Tensor]:
         """Features [n, d_sae] and reconstruction [n, d] of rows [n, d]: the published equation in float64, rounded once."""

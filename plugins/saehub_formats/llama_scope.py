@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from saehub.checkpoint.foreign import RESTORE, check_shapes, is_map_with, read_config, whole_number
 from saehub.errors import FormatError, did_you_mean
-from saehub_formats.common import ReadOnly, combine, keep_largest, multiply, sites
+from saehub_formats.common import ReadOnly, build, combine, keep_largest, multiply, sites
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,6 +51,7 @@ OURS = {
 class Folder:
     """A folder, checked and renamed but not folded."""
 
+    weights: Path
     config: dict[str, Any]
     tensors: dict[str, Tensor]
     activation: str
@@ -82,7 +83,6 @@ class LlamaScope(ReadOnly):
     def read(self, path: Path) -> SAE:
         """The SAE in raw units; FormatError for damage, unknown norms, and what is not row by row (batch-wise norms, batchtopk)."""
         from saehub.checkpoint.config import SAEConfig
-        from saehub.checkpoint.sae import SAE
 
         source = _open(Path(path))
         tensors, folded = dict(source.tensors), list(source.added)
@@ -97,7 +97,7 @@ class LlamaScope(ReadOnly):
             source.activation,
             d_in=tensors["W_enc"].shape[0],
             d_sae=tensors["W_enc"].shape[1],
-            params={"k": whole_number(source.config, "top_k", str(path))} if source.activation == "topk" else {},
+            params={"k": _whole(source.config, "top_k", Path(path))} if source.activation == "topk" else {},
             kind="transcoder" if source.transcoder else "autoencoder",
             norm_in=norm,
             norm_out=norm,
@@ -108,7 +108,7 @@ class LlamaScope(ReadOnly):
         origin: dict[str, Any] = {"format": FORMAT, "config": source.config, "folded": folded}
         if config.decoder_norm_scaling and not source.early:
             origin["units"] = "features are the library's times the norm of the decoder row"
-        return SAE.build(config, tensors, {**about, "origin": origin})
+        return build(source.weights, config, tensors, {**about, "origin": origin})
 
     def run(self, path: Path, x_ND: Tensor) -> tuple[Tensor, Tensor]:
         """Features [n, d_sae] in the units of `read`, reconstruction [n, d]: the published equations in float64, rounded once."""
@@ -132,7 +132,7 @@ def _open(path: Path) -> Folder:
     for matrix, key in (("W_enc", "encoder.weight"), ("W_dec", "decoder.weight")):
         if key in stored:
             tensors[matrix] = stored[key].T.contiguous()
-    d = whole_number(config, "d_model", str(path / name))
+    d = _whole(config, "d_model", path / name)
     d_sae = tensors["W_enc"].shape[-1] if "W_enc" in tensors else 0
     activation, early = config.get("act_fn", "relu").lower(), "jump_relu_threshold" in config
     if early and activation == "topk" and config["jump_relu_threshold"] > 0:  # as the library itself decides when it loads one
@@ -148,11 +148,11 @@ def _open(path: Path) -> Folder:
     subtract = bool(config.get("apply_decoder_bias_to_pre_encoder", False)) and bool(config.get("use_decoder_bias", True))
     if transcoder and (mode == "token-wise" or subtract):
         why = "the output's norm cannot be known from the input" if mode == "token-wise" else "its decoder bias lives at another site than its input"
-        raise FormatError(f"{path / name}: a transcoder with {'token-wise norms' if mode == 'token-wise' else 'apply_decoder_bias_to_pre_encoder'}", why=why)
+        raise FormatError(f"{path / name}: a transcoder with {'token-wise norms' if mode == 'token-wise' else 'apply_decoder_bias_to_pre_encoder'}", why=why, fix="no architecture here computes it")
     if subtract and scale_in != scale_out:
         raise FormatError(f"{path / name}: apply_decoder_bias_to_pre_encoder with two norms for one site", fix=RESTORE)
     with_norms = bool(config.get("sparsity_include_decoder_norm", True))
-    return Folder(config, tensors, activation, early, transcoder, mode == "token-wise", scale_in, scale_out, with_norms, subtract, added)
+    return Folder(weights, config, tensors, activation, early, transcoder, mode == "token-wise", scale_in, scale_out, with_norms, subtract, added)
 
 
 def _refuse(file: Path, config: dict[str, Any]) -> None:
@@ -172,6 +172,14 @@ def _refuse(file: Path, config: dict[str, Any]) -> None:
     theta = config.get("jump_relu_threshold", 0.0)
     if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not 0 <= theta < math.inf:
         raise FormatError(f"{file}: jump_relu_threshold is {theta!r}", why="expected a number from 0", fix=RESTORE)
+
+
+def _whole(config: dict[str, Any], key: str, where: Path) -> int:
+    try:
+        return whole_number(config, key, str(where))
+    except FormatError as error:
+        error.fix = error.fix or RESTORE
+        raise
 
 
 def _scales(file: Path, config: dict[str, Any], norms: dict[str, float], d: int) -> tuple[float, float]:

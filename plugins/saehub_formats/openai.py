@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from saehub.checkpoint.foreign import RESTORE, check_shapes
 from saehub.errors import FormatError
-from saehub_formats.common import ReadOnly, combine, keep_largest, multiply, sites
+from saehub_formats.common import ReadOnly, build, combine, keep_largest, multiply, sites
 from saehub_formats.files import first_file, one_file, read_torch, torch_words
 
 if TYPE_CHECKING:
@@ -59,7 +59,6 @@ class OpenAI(ReadOnly):
     def read(self, path: Path) -> SAE:
         """The SAE, tensors bit-exact (matrices transposed); FormatError for damage, and for activations that are neither ReLU nor TopK."""
         from saehub.checkpoint.config import SAEConfig
-        from saehub.checkpoint.sae import SAE
 
         file, stored, activation, k = _open(Path(path))
         tensors = {name: value for name, value in stored.items() if name not in STATISTICS}
@@ -78,7 +77,7 @@ class OpenAI(ReadOnly):
         norm = "layer_norm" if activation == "TopK" else "none"
         config = SAEConfig("topk" if k else "relu", d, d_sae, params={"k": k} if k else {}, norm_in=norm, norm_out=norm)
         origin: dict[str, Any] = {"activation": activation} | ({"activation_state_dict": {"k": k, "postact_fn": "ReLU"}} if k else {})
-        return SAE.build(config, ours, {**_about(file, origin), "origin": {"format": FORMAT, "config": origin}})
+        return build(file, config, ours, {**_about(file, origin), "origin": {"format": FORMAT, "config": origin}})
 
     def run(self, path: Path, x_ND: Tensor) -> tuple[Tensor, Tensor]:
         """Features [n, d_sae] and reconstruction [n, d] of rows [n, d]: the published equation in float64, rounded once."""

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from saehub.checkpoint.foreign import RESTORE, check_shapes
 from saehub.errors import FormatError
-from saehub_formats.common import ReadOnly, combine, keep_largest, multiply, sites
+from saehub_formats.common import ReadOnly, build, combine, keep_largest, multiply, sites
 from saehub_formats.files import MAX_TEXT_BYTES, first_file, one_file, read_torch, torch_words
 
 if TYPE_CHECKING:
@@ -50,7 +50,6 @@ class QwenScope(ReadOnly):
     def read(self, path: Path) -> SAE:
         """The SAE, tensors bit-exact (matrices transposed); FormatError for damage, and where nothing says k."""
         from saehub.checkpoint.config import SAEConfig
-        from saehub.checkpoint.sae import SAE
 
         file = one_file(Path(path), PATTERN, "a Qwen-Scope SAE")
         k, about, origin = _about(file)
@@ -61,7 +60,7 @@ class QwenScope(ReadOnly):
         d_sae, d = encoder.shape
         check_shapes(file, stored, {"W_enc": (d_sae, d), "b_enc": (d_sae,), "W_dec": (d, d_sae), "b_dec": (d,)})
         ours = stored | {name: stored[name].T.contiguous() for name in ("W_enc", "W_dec")}
-        return SAE.build(SAEConfig("topk", d, d_sae, params={"k": k}, subtract_b_dec=False), ours, {**about, "origin": {"format": FORMAT, "config": origin}})
+        return build(file, SAEConfig("topk", d, d_sae, params={"k": k}, subtract_b_dec=False), ours, {**about, "origin": {"format": FORMAT, "config": origin}})
 
     def run(self, path: Path, x_ND: Tensor) -> tuple[Tensor, Tensor]:
         """Features [n, d_sae] and reconstruction [n, d] of rows [n, d]: the published equation in float64, rounded once."""
