@@ -281,7 +281,9 @@ def _register(row: PluginRow, load: Callable[[], Any]) -> None:
         if hook_name not in hookspecs.HOOKS:
             raise UsageError(f"there is no hook {hook_name!r}{did_you_mean(hook_name, hookspecs.HOOKS)}", where=f"plugin {row.plugin}")
         if not hasattr(function, "saehub_impl"):
-            raise UsageError(f"{hook_name} is not marked as an implementation", where=f"plugin {row.plugin}", fix="put @saehub.hookimpl above it")
+            raise UsageError(
+                f"{hook_name} is not marked as an implementation", where=f"plugin {row.plugin}", fix="put @saehub.hookimpl above it"
+            )
     manager.check_pending()
 
     for kind, hook_name in hookspecs.COMPONENT_HOOKS.items():
@@ -297,7 +299,9 @@ def _register(row: PluginRow, load: Callable[[], Any]) -> None:
     for path in _results(manager, "saehub_recipes", row):
         folder = Path(path)
         if not folder.exists():
-            raise UsageError(f"saehub_recipes names {folder}, which does not exist", where=f"plugin {row.plugin}", fix="is it in the wheel?")
+            raise UsageError(
+                f"saehub_recipes names {folder}, which does not exist", where=f"plugin {row.plugin}", fix="is it in the wheel?"
+            )
         row.recipes += sorted(folder.glob("*.yaml")) if folder.is_dir() else [folder]
 
 
@@ -336,8 +340,15 @@ def _check_component(component: Any, kind: str, row: PluginRow) -> None:
             raise UsageError(f"{component.name}: {words} is a string", where=where, fix=f"{words}=({getattr(component, words)!r},)")
     unknown = sorted(set(component.needs) - NEEDS)
     if unknown:
-        raise UsageError(f"{component.name} needs {unknown[0]!r}{did_you_mean(unknown[0], NEEDS)}", where=where, fix=f"known: {', '.join(sorted(NEEDS))}")
-    if not component.name or "/" in component.name or not _dotted(component.target) or not (component.config is None or _dotted(component.config)):
+        raise UsageError(
+            f"{component.name} needs {unknown[0]!r}{did_you_mean(unknown[0], NEEDS)}", where=where, fix=f"known: {', '.join(sorted(NEEDS))}"
+        )
+    if (
+        not component.name
+        or "/" in component.name
+        or not _dotted(component.target)
+        or not (component.config is None or _dotted(component.config))
+    ):
         raise UsageError(
             f"{kind} {component.name!r} with target {component.target!r} and config {component.config!r} is not well formed",
             where=where,

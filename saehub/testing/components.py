@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -246,8 +246,3 @@ class ToyExporter:
         values_NK, indices_NK = p_NF.topk(k, dim=1)
         f_NF = torch.zeros_like(p_NF).scatter(1, indices_NK, values_NK.relu())
         return f_NF, f_NF @ t["components"] + t["intercept"]
-
-
-def batches(session: ToyExtraction) -> Iterator[Rows]:
-    """All batches of a session, in order."""
-    return (session.rows(batch) for batch in range(session.n_batches))

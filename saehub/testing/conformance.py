@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import random
 import subprocess
 import sys
@@ -54,7 +53,9 @@ class ConformanceReport:
         """Raise CheckFailed with the whole table, or return the report."""
         if not self.ok:
             raise CheckFailed(
-                f"{self.kind} {self.component} breaks {len(self.failures)} of {len(self.checks)} promises", why=f"\n{self}", where=self.component
+                f"{self.kind} {self.component} breaks {len(self.failures)} of {len(self.checks)} promises",
+                why=f"\n{self}",
+                where=self.component,
             )
         return self
 
@@ -68,7 +69,10 @@ class ConformanceReport:
 
 
 def run_checks(
-    kind: str, component: str, checks: Sequence[tuple[str, Callable[[], str | None]]], only: Collection[str] | None = None,
+    kind: str,
+    component: str,
+    checks: Sequence[tuple[str, Callable[[], str | None]]],
+    only: Collection[str] | None = None,
     close: Callable[[], None] = lambda: None,
 ) -> ConformanceReport:
     """Call every check (or those named in `only`); a returned string is the detail of a kept promise, anything raised is a broken one.
@@ -169,7 +173,10 @@ def resolve(kind: str, component: Any, with_: Mapping[str, Any] | None = None) -
 # ---------------------------------------------------------------------- promises of every kind
 def common_checks(subject: Subject) -> list[tuple[str, Callable[[], str | None]]]:
     """What every component promises, whatever its kind."""
-    return [("registration imports no torch", lambda: registration_is_light(subject)), ("settings are frozen data", lambda: config_is_frozen(subject))]
+    return [
+        ("registration imports no torch", lambda: registration_is_light(subject)),
+        ("settings are frozen data", lambda: config_is_frozen(subject)),
+    ]
 
 
 def registration_is_light(subject: Subject) -> str:
@@ -340,9 +347,3 @@ def raises_cleanly(action: Callable[[], Any], what: str) -> str:
 def scratch() -> tempfile.TemporaryDirectory:
     """A folder that goes away with its last reference."""
     return tempfile.TemporaryDirectory(prefix="saehub-testing-")
-
-
-def load_object(target: str) -> Any:
-    """`package.module:name`, imported."""
-    module, _, name = target.partition(":")
-    return getattr(importlib.import_module(module), name)

@@ -54,7 +54,9 @@ class Bench:
         saes = self._given or {"first": fit_to(x_ND, seed=1), "second": fit_to(x_ND, d_sae=48, k=4, seed=2)}
         return {name: save(sae, self.folder / "saes" / name, site=SITE) for name, sae in saes.items()}
 
-    def context(self, ids: tuple[str, ...] | None = None, *, lm_batch: int = 4, seed: int = 0, saes: Mapping[str, Path] | None = None) -> HubEvalContext:
+    def context(
+        self, ids: tuple[str, ...] | None = None, *, lm_batch: int = 4, seed: int = 0, saes: Mapping[str, Path] | None = None
+    ) -> HubEvalContext:
         """What the hub would give the evaluator."""
         from dataclasses import asdict
 
@@ -87,8 +89,13 @@ class Bench:
 
 
 def check_evaluator(
-    component: Any, with_: Mapping[str, Any] | None = None, *, saes: Mapping[str, SAE] | None = None, tolerance: float = 1e-4,
-    only: Collection[str] | None = None, stage: Stage | None = None,
+    component: Any,
+    with_: Mapping[str, Any] | None = None,
+    *,
+    saes: Mapping[str, SAE] | None = None,
+    tolerance: float = 1e-4,
+    only: Collection[str] | None = None,
+    stage: Stage | None = None,
 ) -> ConformanceReport:
     """Everything that `saehub.api.Evaluator` promises, on SAEs of a tiny Llama's residual stream and two small texts.
 
@@ -135,11 +142,19 @@ def _well_formed(bench: Bench) -> str:
     keys: set[tuple] = set()
     for row in bench.measured():
         who = f"{row.metric} ({', '.join(row.subjects)}; {row.dataset})"
-        expect(row.metric and row.evaluator and DEFINITION.fullmatch(row.definition), f"{who}: definition {row.definition!r}, expected 'name.metric/1'")
+        expect(
+            row.metric and row.evaluator and DEFINITION.fullmatch(row.definition),
+            f"{who}: definition {row.definition!r}, expected 'name.metric/1'",
+        )
         expect(set(row.subjects) <= set(bench.saes), f"{who}: was not asked about")
-        expect(tuple(row.subject_hashes) == tuple(hashes[name] for name in row.subjects), f"{who}: subject_hashes are not those of its SAEs")
+        expect(
+            tuple(row.subject_hashes) == tuple(hashes[name] for name in row.subjects), f"{who}: subject_hashes are not those of its SAEs"
+        )
         expect(row.dataset is None or row.dataset_hash, f"{who}: names a dataset, but not its hash")
-        expect(row.better in ("higher", "lower", "none") and row.status in ("ok", "failed", "not_measured"), f"{who}: {row.better}, {row.status}")
+        expect(
+            row.better in ("higher", "lower", "none") and row.status in ("ok", "failed", "not_measured"),
+            f"{who}: {row.better}, {row.status}",
+        )
         if row.status == "ok":
             expect(isinstance(row.value, (int, float)) and abs(row.value) < float("inf"), f"{who}: value {row.value!r}")
             has_error = row.stderr is not None or (row.ci_low is not None and row.ci_high is not None)
@@ -175,7 +190,10 @@ def _deterministic(bench: Bench) -> str:
     first = _table(bench.measured())
     expect(first.keys() == again.keys(), f"other rows the second time: {sorted(map(str, first.keys() ^ again.keys()))[:3]}")
     for key, row in first.items():
-        expect((row.value, row.stderr, row.n) == (again[key].value, again[key].stderr, again[key].n), f"{key[0]}: {row.value}, then {again[key].value}")
+        expect(
+            (row.value, row.stderr, row.n) == (again[key].value, again[key].stderr, again[key].n),
+            f"{key[0]}: {row.value}, then {again[key].value}",
+        )
     return f"{len(first)} rows bit for bit"
 
 
@@ -243,13 +261,17 @@ def _misfit(bench: Bench) -> str:
 
     if not bench.needs & {"model", "tokens", "activations", "sequences"}:
         return "looks at the tensors alone"
-    wrong = {name: save(random_sae("topk", d_in=20, seed=seed), bench.folder / "wrong" / name, site=SITE) for seed, name in enumerate(bench.saes)}
+    wrong = {
+        name: save(random_sae("topk", d_in=20, seed=seed), bench.folder / "wrong" / name, site=SITE) for seed, name in enumerate(bench.saes)
+    }
     try:
         rows = bench.rows(bench.context(saes=wrong))
     except SaehubError as error:
         return f"refused: {str(error).splitlines()[0]}"
     except Exception as error:
-        raise AssertionError(f"an SAE of another width ended in {type(error).__name__}: {error}; return rows with a reason, or a saehub error") from error
+        raise AssertionError(
+            f"an SAE of another width ended in {type(error).__name__}: {error}; return rows with a reason, or a saehub error"
+        ) from error
     # What is measured all the same (the model's own loss, a baseline) cannot depend on the SAE: these differ in their tensors only.
     values: dict[tuple, set] = {}
     for row in rows:

@@ -89,8 +89,12 @@ class Bench:
 
 
 def check_exporter(
-    component: Any, with_: Mapping[str, Any] | None = None, *, saes: Mapping[str, SAE] | None = None,
-    folders: Mapping[str, Path] | None = None, only: Collection[str] | None = None
+    component: Any,
+    with_: Mapping[str, Any] | None = None,
+    *,
+    saes: Mapping[str, SAE] | None = None,
+    folders: Mapping[str, Path] | None = None,
+    only: Collection[str] | None = None,
 ) -> ConformanceReport:
     """Everything that `saehub.api.Exporter` promises, on every built-in architecture in every variant (norms, transcoders, dtypes).
 
@@ -124,7 +128,10 @@ def _writes_or_refuses(bench: Bench) -> str:
     expect(bench.all, f"no SAE could be written, and no `folders` to read were given: {json.dumps(bench.refused)}")
     for item in written:
         notes = item.notes
-        expect(isinstance(notes, Mapping) and "bit_exact" in notes, f"{item.name}: write() returned {notes!r}, expected folded, dropped, bit_exact")
+        expect(
+            isinstance(notes, Mapping) and "bit_exact" in notes,
+            f"{item.name}: write() returned {notes!r}, expected folded, dropped, bit_exact",
+        )
         unknown = set(notes["bit_exact"]) - set(item.sae.tensors())
         expect(not unknown, f"{item.name}: bit_exact names {sorted(unknown)}, which are not tensors of the SAE")
     refusal = getattr(bench.exporter, "refusal", None)

@@ -197,8 +197,6 @@ def _row_order(bench: Bench) -> str:
 
 
 def _batch_size(bench: Bench, tolerance: float) -> str:
-    import torch
-
     small, large = bench.all_rows(), bench.all_rows(lm_batch=2 * LM_BATCH)
     worst = 0.0
     for site in bench.sites:

@@ -34,7 +34,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 """What an SAE can be besides its architecture: name -> fields of SAEConfig."""
 
 
-def random_sae(architecture: str = "topk", *, d_in: int = D_IN, d_sae: int = D_SAE, seed: int = 0, dtype: str = "float32", **fields: Any) -> SAE:
+def random_sae(
+    architecture: str = "topk", *, d_in: int = D_IN, d_sae: int = D_SAE, seed: int = 0, dtype: str = "float32", **fields: Any
+) -> SAE:
     """An SAE with random tensors of the right shapes: no norm is 1, no bias 0, no threshold trivial. `fields` are SAEConfig's."""
     import torch
 

@@ -50,7 +50,9 @@ class Stage:
             text = self.folder / f"{name}.jsonl"
             text.write_text("".join(json.dumps({"text": line}) + "\n" for line in tiny_text(seed=sum(map(ord, name)))))
             policy = TokenPolicy(context=CONTEXT, bos="sequence", exclude=("bos", "pad", 0), template=None)
-            build([(SourceEntry(source=str(text), split="all"), 1.0)], self.spec, policy, folder, rows=rows, calibration=calibration, seed=0)
+            build(
+                [(SourceEntry(source=str(text), split="all"), 1.0)], self.spec, policy, folder, rows=rows, calibration=calibration, seed=0
+            )
         return TokenDataset.open(folder)
 
     def reference(self, site: str, tokens_BT: Tensor) -> Tensor:

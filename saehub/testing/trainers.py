@@ -46,7 +46,16 @@ class Bench:
         self.x_ND, self.pool = x_ND[:rows].to(device), CalibrationRows(x_ND[rows:].to(device))
         self.pristine = self.pool.x_ND.clone()
         self.job = Job(
-            id="conformance", site="resid_post.0", target_site=None, d_in=d, d_out=d, steps=steps, batch=self.batch, rows=rows, seed=0, device=device
+            id="conformance",
+            site="resid_post.0",
+            target_site=None,
+            d_in=d,
+            d_out=d,
+            steps=steps,
+            batch=self.batch,
+            rows=rows,
+            seed=0,
+            device=device,
         )
 
     def short(self, **changes: Any) -> Job:
@@ -183,7 +192,10 @@ def _save_and_restore(bench: Bench) -> str:
         second.load_state(loaded, json.loads(text))
         gap = difference(tensors_on_cpu(tensors), tensors_on_cpu(second.state()[0]))
         expect(not gap, f"state after load_state is not what was loaded: {gap}")
-        expect(json.dumps(second.state()[1], sort_keys=True) == json.dumps(json.loads(text), sort_keys=True), "the JSON part of the state changed")
+        expect(
+            json.dumps(second.state()[1], sort_keys=True) == json.dumps(json.loads(text), sort_keys=True),
+            "the JSON part of the state changed",
+        )
         bench.train(job, session=second, start=half)
     for what, left, right in (
         ("the SAE", whole.finish().tensors(), second.finish().tensors()),
@@ -258,7 +270,10 @@ def _valid_sae(bench: Bench) -> str:
     if hasattr(config, "d_sae"):
         expect(sae.config.d_sae == config.d_sae(job), f"d_sae is {sae.config.d_sae}, the config said {config.d_sae(job)}")
     if hasattr(config, "architecture"):
-        expect(sae.config.architecture == config.architecture(), f"architecture is {sae.config.architecture}, the config said {config.architecture()}")
+        expect(
+            sae.config.architecture == config.architecture(),
+            f"architecture is {sae.config.architecture}, the config said {config.architecture()}",
+        )
     for name, tensor in sae.tensors().items():
         expect(not tensor.is_floating_point() or tensor.dtype == torch.float32, f"{name} is {tensor.dtype}, not float32")
         expect(not tensor.requires_grad, f"{name} requires a gradient")
@@ -297,7 +312,10 @@ def _transcoder(bench: Bench) -> str:
             raise UsageError(f"a transcoder fails only once it runs ({error})", fix="give the config a check(job) that says so") from error
     else:
         sae = run()
-    expect(sae.config.kind != "autoencoder" and sae.config.d_out == job.d_out, f"a job with a target site gave an SAE of kind {sae.config.kind}")
+    expect(
+        sae.config.kind != "autoencoder" and sae.config.d_out == job.d_out,
+        f"a job with a target site gave an SAE of kind {sae.config.kind}",
+    )
     return f"{sae.config.kind}, {job.d_in} -> {job.d_out}"
 
 

@@ -55,7 +55,12 @@ def published(tmp: Path) -> dict[str, dict]:
 
     goodfire = tmp / "goodfire"
     goodfire.mkdir()
-    linear = {"encoder_linear.weight": rows["W_enc"], "encoder_linear.bias": t["b_enc"], "decoder_linear.weight": rows["W_dec"], "decoder_linear.bias": t["b_dec"]}
+    linear = {
+        "encoder_linear.weight": rows["W_enc"],
+        "encoder_linear.bias": t["b_enc"],
+        "decoder_linear.weight": rows["W_dec"],
+        "decoder_linear.bias": t["b_dec"],
+    }
     torch.save(linear, goodfire / "Llama-3.1-8B-Instruct-SAE-l19.pth")
 
     qwen = tmp / "SAE-Res-Qwen3-1.7B-W32K-L0_6"
@@ -95,7 +100,10 @@ READ_ONLY = ("formats/gemma_scope_2", "formats/openai", "formats/goodfire", "for
 # What a component needs in order to be tried: settings without defaults, and what it must refuse. Others are tried as they are.
 TRAIN = {"batch": 256, "width": 96}
 ARGUMENTS = {
-    "native/topk": lambda tmp: {"with_": {**TRAIN, "k": 4}, "refuses": [{"k": 1000}, {"k": 0}, {"lr": -1.0}, {"expansion": 4.0}, {"warmup": 2.0}]},
+    "native/topk": lambda tmp: {
+        "with_": {**TRAIN, "k": 4},
+        "refuses": [{"k": 1000}, {"k": 0}, {"lr": -1.0}, {"expansion": 4.0}, {"warmup": 2.0}],
+    },
     "native/files": lambda tmp: stored_activations(tmp / "activations"),
     "formats/circuit_tracer": lambda tmp: {"saes": placed_transcoders()},
     **{address: (lambda tmp, address=address: published(tmp)[address]) for address in READ_ONLY},

@@ -48,7 +48,9 @@ class NoError(ToyEvaluator):
 
 class NoReason(ToyEvaluator):
     def evaluate(self, context):
-        return [replace(row, value=None, stderr=None, status="not_measured") for row in super().evaluate(context)][:1] + list(super().evaluate(context))[1:]
+        return [replace(row, value=None, stderr=None, status="not_measured") for row in super().evaluate(context)][:1] + list(
+            super().evaluate(context)
+        )[1:]
 
 
 class WrongHash(ToyEvaluator):
@@ -89,7 +91,10 @@ class TurnsGradientsOff(ToyEvaluator):
 class CutsToFit(ToyEvaluator):
     def _measure(self, subject, dataset, context):
         width = subject.sae.config.d_in
-        found = [(subject.sae.encode(rows.acts[subject.site][:, :width]) != 0).sum(1) * subject.sae.W_enc.sum() for rows in context.rows(dataset, [subject.site])]
+        found = [
+            (subject.sae.encode(rows.acts[subject.site][:, :width]) != 0).sum(1) * subject.sae.W_enc.sum()
+            for rows in context.rows(dataset, [subject.site])
+        ]
         whole = replace(subject, site=subject.site)
         row = super()._measure(whole, dataset, context)
         return replace(row, value=float(torch.cat(found).float().mean()), stderr=1.0, n=1, status="ok", reason=None)

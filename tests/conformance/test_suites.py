@@ -395,7 +395,12 @@ class AcceptsAll(toys.ToyExporter):
     def write(self, sae, path):
         if sae.config.architecture == "relu" and sae.config.kind == "autoencoder":
             params = {"k": sae.config.d_sae}
-            sae = sae.build(sae.config.replace(architecture="topk", params=params, norm_in="none", norm_out="none", decoder_norm_scaling=False, subtract_b_dec=True), sae.tensors())
+            sae = sae.build(
+                sae.config.replace(
+                    architecture="topk", params=params, norm_in="none", norm_out="none", decoder_norm_scaling=False, subtract_b_dec=True
+                ),
+                sae.tensors(),
+            )
         return super().write(sae, path)
 
 
@@ -461,7 +466,9 @@ class Thawed:
 
 
 def test_settings_that_can_be_changed_are_caught():
-    report = check_trainer((toys.ToyTrainer, Thawed()), steps=30, recover=0.0, only=["settings are frozen data", "registration imports no torch"])
+    report = check_trainer(
+        (toys.ToyTrainer, Thawed()), steps=30, recover=0.0, only=["settings are frozen data", "registration imports no torch"]
+    )
     assert "settings are frozen data" in broken(report)
     assert "imports torch" in str(report)  # this module, which defines the settings, does
 

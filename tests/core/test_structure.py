@@ -81,7 +81,9 @@ def tracked() -> set[str]:
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
     if listed.returncode == 0 and listed.stdout:
         return set(listed.stdout.splitlines())
-    return {name(path) for path in ROOT.rglob("*") if path.is_file() and not any(part.startswith(".") for part in path.relative_to(ROOT).parts)}
+    return {
+        name(path) for path in ROOT.rglob("*") if path.is_file() and not any(part.startswith(".") for part in path.relative_to(ROOT).parts)
+    }
 
 
 def test_top_level_entries_are_those_allowed():
@@ -159,7 +161,12 @@ def test_the_core_names_no_plugin_and_no_wrapped_library():
 def test_a_plugin_imports_its_own_library_and_saehub_only(package):
     allowed = WRAPPED.get(package.name, set())
     forbidden = ({other.name for other in PLUGINS} - {package.name}) | (EVERY_WRAPPED - allowed)
-    found = [f"{name(path)}:{node.lineno} imports {module}" for path in package.rglob("*.py") for module, node in imports(path) if top(module) in forbidden]
+    found = [
+        f"{name(path)}:{node.lineno} imports {module}"
+        for path in package.rglob("*.py")
+        for module, node in imports(path)
+        if top(module) in forbidden
+    ]
     assert not found, "\n".join(found)
 
 
@@ -188,10 +195,15 @@ def requirement(text: str) -> str:
 
 def test_every_imported_library_is_declared_or_comes_with_one_that_is():
     project = PROJECT["project"]
-    declared = {requirement(text) for text in [*project["dependencies"], *(item for items in project["optional-dependencies"].values() for item in items)]}
+    declared = {
+        requirement(text)
+        for text in [*project["dependencies"], *(item for items in project["optional-dependencies"].values() for item in items)]
+    }
     brought = {requirement(line) for word in declared - {"saehub"} for line in metadata.requires(word) or () if "extra ==" not in line}
     distributions = metadata.packages_distributions()
-    allowed = {package.name for package in PLUGINS} | {"saehub", "pytest", "triton"} | set(sys.stdlib_module_names)  # pytest: our fixtures; triton: torch on a GPU
+    allowed = (
+        {package.name for package in PLUGINS} | {"saehub", "pytest", "triton"} | set(sys.stdlib_module_names)
+    )  # pytest: our fixtures; triton: torch on a GPU
     found = sorted(
         {
             f"{top(module)} ({name(path)})"
@@ -246,7 +258,9 @@ def test_nothing_that_executes_what_it_reads(path):
             assert keywords.get("weights_only") == "True", f"{where}: torch.load without weights_only=True"
         if called in ("yaml.load", "yaml.load_all", "yaml.unsafe_load", "yaml.full_load"):
             loader = keywords.get("Loader", ast.unparse(node.args[1]) if len(node.args) > 1 else "")
-            assert loader and loader.rpartition(".")[2] not in ("Loader", "FullLoader", "UnsafeLoader"), f"{where}: {called} without a safe loader"
+            assert loader and loader.rpartition(".")[2] not in ("Loader", "FullLoader", "UnsafeLoader"), (
+                f"{where}: {called} without a safe loader"
+            )
         if called in ("np.load", "numpy.load"):
             assert keywords.get("allow_pickle", "False") == "False", f"{where}: pickled arrays"
         assert "shell" not in keywords or keywords["shell"] == "False", f"{where}: shell=True"

@@ -16,9 +16,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-PLUGIN_PACKAGES = sorted(
-    path.parent for folder in ("adapters", "plugins") for path in (ROOT / folder).glob("saehub_*/__init__.py")
-)
+PLUGIN_PACKAGES = sorted(path.parent for folder in ("adapters", "plugins") for path in (ROOT / folder).glob("saehub_*/__init__.py"))
 WEIGHTS = "saehub/builtin/tiny_llama/model.safetensors"
 
 
@@ -38,7 +36,11 @@ def uv() -> str | None:
 def wheel(tmp_path_factory) -> Path:
     """The wheel of this checkout, built as a user would."""
     out = tmp_path_factory.mktemp("dist")
-    builder = [uv(), "build", "--wheel", "--quiet", "--out-dir", out, ROOT] if uv() else [sys.executable, "-m", "build", "--wheel", "--outdir", out, ROOT]
+    builder = (
+        [uv(), "build", "--wheel", "--quiet", "--out-dir", out, ROOT]
+        if uv()
+        else [sys.executable, "-m", "build", "--wheel", "--outdir", out, ROOT]
+    )
     run(builder)
     (built,) = out.glob("*.whl")
     return built
@@ -142,7 +144,9 @@ def test_metadata(wheel):
         text = archive.read(metadata).decode()
         points = archive.read(metadata.replace("METADATA", "entry_points.txt")).decode()
         assert any(name.endswith("LICENSE") for name in archive.namelist())
-    assert "Requires-Python: <3.13,>=3.11" in text and "Provides-Extra: saelens" in text and "Description-Content-Type: text/markdown" in text
+    assert (
+        "Requires-Python: <3.13,>=3.11" in text and "Provides-Extra: saelens" in text and "Description-Content-Type: text/markdown" in text
+    )
     assert "saehub = saehub.cli.main:main" in points and "saehub = saehub.testing.pytest_plugin" in points
 
 
