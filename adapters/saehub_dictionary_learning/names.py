@@ -23,8 +23,12 @@ def provenance(config: Mapping[str, Any]) -> dict[str, Any]:
         found["model"] = {"name": trainer["lm_name"]}
     layer, submodule = trainer.get("layer"), trainer.get("submodule_name")
     if isinstance(submodule, str) and submodule:
-        site = _site(submodule, layer, found.get("model") or {})
-        found["site" if site else "unknown_site"] = site or submodule
+        spelled = _SPELLED.fullmatch(submodule)
+        if spelled and layer is not None and str(layer) != spelled[2]:
+            found["unknown_site"] = f"{submodule} (layer {layer})"  # they contradict each other
+        else:
+            site = f"{spelled[1]}.{spelled[2]}" if spelled else _site(submodule, found.get("model") or {})
+            found["site" if site else "unknown_site"] = site or submodule
     elif layer is not None:
         found["unknown_site"] = layer if isinstance(layer, str) and not layer.isdigit() else f"layer {layer}"
     if isinstance(buffer.get("ctx_len"), int):
@@ -34,9 +38,8 @@ def provenance(config: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _site(name: str, layer: Any, model: dict[str, Any]) -> str | None:
-    if match := _SPELLED.fullmatch(name):
-        return f"{match[1]}.{match[2]}" if layer is None or str(layer) == match[2] else None
+def _site(name: str, model: dict[str, Any]) -> str | None:
+    """The site that a module's name means, if the model's family is known, or if it is spelled as a site."""
     shape = local_shape(model)
     if shape is None or shape.family not in FAMILIES:
         return _parsed(name)

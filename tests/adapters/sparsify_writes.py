@@ -54,7 +54,16 @@ def train(folder: Path) -> None:
         LlamaConfig(vocab_size=50, hidden_size=D, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2)
     )
     for name, (sae, hookpoints, settings) in RUNS.items():
-        cfg = RunConfig(SparseCoderConfig(**sae), batch_size=4, hookpoints=hookpoints, log_to_wandb=False, save_dir=str(folder), run_name=name, ctx_len=16, **settings)
+        cfg = RunConfig(
+            SparseCoderConfig(**sae),
+            batch_size=4,
+            hookpoints=hookpoints,
+            log_to_wandb=False,
+            save_dir=str(folder),
+            run_name=name,
+            ctx_len=16,
+            **settings,
+        )
         Trainer(cfg, Tokens(24), model).fit()
 
 

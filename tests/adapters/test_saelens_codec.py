@@ -225,7 +225,11 @@ def test_the_side_channel_never_overrules_the_folder(toy, rows, tmp_path):
 BAD = {
     "unknown architecture": (lambda c: c.update(architecture="topkk"), "did you mean 'topk'"),
     "temporal": (lambda c: c.update(architecture="temporal"), "'temporal' cannot be read"),
-    "training checkpoint": (lambda c: c.update(architecture="batchtopk"), "save_inference_model"),
+    "training checkpoint with inference tensors": (lambda c: c.update(architecture="batchtopk", rescale_acts_by_decoder_norm=True), "missing: threshold"),
+    "training topk from before the option": (lambda c: c.update(decoder_init_norm=0.1), "changed what its absence means"),
+    "training without its scale": (lambda c: c.update(decoder_init_norm=0.1, rescale_acts_by_decoder_norm=True, normalize_activations="expected_average_only_in"), "no scaling_factor of activation_scaler.json"),
+    "training without its whitening": (lambda c: c.update(decoder_init_norm=0.1, rescale_acts_by_decoder_norm=True, normalize_activations="covariance_whitening"), "no activation_whitening.safetensors"),
+    "matryoshka without widths": (lambda c: c.update(architecture="matryoshka_batchtopk", rescale_acts_by_decoder_norm=True), "matryoshka_widths is None"),
     "whitening that is not folded": (lambda c: c.update(normalize_activations="covariance_whitening"), "whitening"),
     "unknown norm": (lambda c: c.update(normalize_activations="batch"), "'batch' cannot be read"),
     "d_in a string": (lambda c: c.update(d_in="16"), "d_in is '16'"),

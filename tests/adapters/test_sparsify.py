@@ -35,7 +35,11 @@ UNSAYABLE = [
     ("matryoshka", {}, "no matryoshka"), ("abstopk", {}, "no abstopk"), ("matching_pursuit", {}, "no matching_pursuit"),
     ("topk", {"norm_in": "layer_norm", "norm_out": "layer_norm"}, "layer_norm"), ("topk", {**TRANSCODER, "d_out": 9}, "d_out 9 must be d_in 16"),
 ]  # fmt: skip
-PROVENANCE = {"site": "mlp_out.2", "model": {"name": "org/model", "revision": "abc"}, "origin": {"format": "elsewhere", "config": {"π": [1, 2.5, None]}}}
+PROVENANCE = {
+    "site": "mlp_out.2",
+    "model": {"name": "org/model", "revision": "abc"},
+    "origin": {"format": "elsewhere", "config": {"π": [1, 2.5, None]}},
+}
 
 
 def theirs(*, dtype=torch.float32, skip: bool = False, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -59,7 +63,9 @@ def read(folder) -> SAE:
         return SparsifyFormat().read(folder)
 
 
-def equation(tensors: dict, x: torch.Tensor, *, k: int = K, subtract: bool = True, choose: str = "topk") -> tuple[torch.Tensor, torch.Tensor]:
+def equation(
+    tensors: dict, x: torch.Tensor, *, k: int = K, subtract: bool = True, choose: str = "topk"
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Features and reconstruction in float64, from Sparsify's source in words: written here a second time, without saehub."""
     t = {name: tensor.double() for name, tensor in tensors.items()}
     x = x.double()
@@ -75,7 +81,11 @@ def equation(tensors: dict, x: torch.Tensor, *, k: int = K, subtract: bool = Tru
 def agrees(sae: SAE, x: torch.Tensor, expected: tuple[torch.Tensor, torch.Tensor], gap: float = 1e-12) -> bool:
     f, y = sae.encode(x, dtype=torch.float64), sae(x, dtype=torch.float64)
     equal = torch.equal(f != 0, expected[0] != 0)
-    return equal and bool((f - expected[0]).abs().max() <= gap * expected[0].abs().max()) and bool((y - expected[1]).norm() <= gap * expected[1].norm())
+    return (
+        equal
+        and bool((f - expected[0]).abs().max() <= gap * expected[0].abs().max())
+        and bool((y - expected[1]).norm() <= gap * expected[1].norm())
+    )
 
 
 def same(a: SAE, b: SAE) -> bool:
@@ -105,7 +115,11 @@ def test_there_and_back(toy, rows, tmp_path, architecture, config, folds, dtype)
     f, f2 = sae.encode(rows, dtype=torch.float64), again.encode(rows, dtype=torch.float64)
     y, y2 = sae(rows, dtype=torch.float64), again(rows, dtype=torch.float64)
     rows_equal = ((f != 0) == (f2 != 0)).all(1)
-    assert rows_equal.double().mean() > 0.98 and torch.allclose(f[rows_equal], f2[rows_equal], atol=1e-5) and torch.allclose(y[rows_equal], y2[rows_equal], atol=1e-5)
+    assert (
+        rows_equal.double().mean() > 0.98
+        and torch.allclose(f[rows_equal], f2[rows_equal], atol=1e-5)
+        and torch.allclose(y[rows_equal], y2[rows_equal], atol=1e-5)
+    )
     assert agrees(again, rows, equation(stored, rows, subtract=not cfg["transcode"], choose=cfg["activation"]))
 
 
@@ -171,7 +185,11 @@ def test_a_foreign_folder_computes_what_it_says_and_comes_back_as_it_was(rows, t
     expected = equation(tensors, rows, subtract=not config.get("transcode", False), choose=choose)
     assert agrees(sae, rows, expected, gap=1e-6 if folds else 1e-12)
     assert (sae.config.kind, sae.config.subtract_b_dec) == (
-        ("skip_transcoder", False) if config.get("skip_connection") else ("transcoder", False) if config.get("transcode") else ("autoencoder", True)
+        ("skip_transcoder", False)
+        if config.get("skip_connection")
+        else ("transcoder", False)
+        if config.get("transcode")
+        else ("autoencoder", True)
     )
     notes = SparsifyFormat().write(v1.load(v1.save(sae, tmp_path / "ours")), tmp_path / "back")
     assert json.loads((tmp_path / "back/cfg.json").read_text()) == config
@@ -202,7 +220,12 @@ def test_old_files_come_with_a_caution(tmp_path, config, words):
 def test_defaults_are_the_librarys(tmp_path):
     """cfg.json needs d_in only: k 32 and expansion 32 otherwise."""
     draw = torch.Generator().manual_seed(0)
-    tensors = {"encoder.weight": torch.randn(64, 2, generator=draw), "encoder.bias": torch.zeros(64), "W_dec": torch.randn(64, 2, generator=draw), "b_dec": torch.zeros(2)}
+    tensors = {
+        "encoder.weight": torch.randn(64, 2, generator=draw),
+        "encoder.bias": torch.zeros(64),
+        "W_dec": torch.randn(64, 2, generator=draw),
+        "b_dec": torch.zeros(2),
+    }
     sae = SparsifyFormat().read(written(tmp_path, {"d_in": 2}, tensors))
     assert sae.config.d_sae == 64 and sae.config.params["k"] == 32 and sae.config.architecture == "topk"
 
@@ -272,7 +295,9 @@ def test_hookpoints_become_sites_or_stay_as_they_are(tmp_path, place, model, con
     folder = run_folder(tmp_path / "run", [place], {**RUN, "model": model, "dataset": "some/text"}, config) / place
     provenance = SparsifyFormat().read(folder).provenance
     assert {key: value for key, value in provenance.items() if "site" in key} == expected
-    assert provenance["model"] == {"name": model} and provenance["data"] == {"name": "some/text"} and provenance["tokens"] == {"context": 64}
+    assert (
+        provenance["model"] == {"name": model} and provenance["data"] == {"name": "some/text"} and provenance["tokens"] == {"context": 64}
+    )
 
 
 def test_old_runs_say_in_their_own_config_what_cfg_json_does_not(rows, tmp_path):
@@ -299,7 +324,9 @@ def test_a_changed_sae_does_not_get_its_old_config(rows, tmp_path):
     old = read(written(tmp_path / "old", FOREIGN["2024-12 with a skip path"], theirs(skip=True)))
     scaled = old.scale_input(0.5)
     SparsifyFormat().write(scaled, tmp_path / "scaled")
-    assert json.loads((tmp_path / "scaled/cfg.json").read_text())["transcode"] is True and same(SparsifyFormat().read(tmp_path / "scaled"), scaled)
+    assert json.loads((tmp_path / "scaled/cfg.json").read_text())["transcode"] is True and same(
+        SparsifyFormat().read(tmp_path / "scaled"), scaled
+    )
 
 
 def test_the_side_channel_never_overrules_the_folder(toy, tmp_path):
