@@ -15,13 +15,14 @@ _SUMMARIES = {
     "openai": ("OpenAI", "openai/sparse_autoencoder (.pt): ReLU, and TopK with layer norm; read"),
     "goodfire": ("Goodfire", "Goodfire (.pt, .pth): ReLU; read"),
     "qwen_scope": ("QwenScope", "Qwen-Scope (layer*.sae.pt): TopK, k from the model card or the repository's name; read"),
-    "circuit_tracer": ("CircuitTracer", "circuit-tracer transcoder sets (config.yaml, layer_*.safetensors): ReLU and JumpReLU; read and write"),
+    "circuit_tracer": (
+        "CircuitTracer",
+        "circuit-tracer transcoder sets (config.yaml, layer_*.safetensors): ReLU and JumpReLU; read and write",
+    ),
 }
 
 
 @hookimpl
 def saehub_exporters() -> list[Component]:
     """One exporter a layout, each in the module of its name."""
-    return [
-        Component(name=name, target=f"saehub_formats.{name}:{cls}", summary=summary) for name, (cls, summary) in _SUMMARIES.items()
-    ]
+    return [Component(name=name, target=f"saehub_formats.{name}:{cls}", summary=summary) for name, (cls, summary) in _SUMMARIES.items()]

@@ -92,7 +92,9 @@ class CircuitTracer:
         side = {SIDE_CHANNEL: foreign.config[SIDE_CHANNEL]}
         config = {key: value for key, value in foreign.config.items() if key != SIDE_CHANNEL}
         if (path / CONFIG).is_file() and read_yaml(path / CONFIG) != config:
-            raise UsageError(f"{path} holds another set", why=f"its {CONFIG} names other hooks or another model", fix="choose another folder")
+            raise UsageError(
+                f"{path} holds another set", why=f"its {CONFIG} names other hooks or another model", fix="choose another folder"
+            )
         path.mkdir(parents=True, exist_ok=True)
         write_tensors(path / f"layer_{layer}.safetensors", foreign.tensors)
         write_json_atomic(path / f"layer_{layer}.saehub.json", side)
@@ -121,18 +123,30 @@ def _find(path: Path) -> tuple[int, Path, dict[str, Any]]:
     config = read_yaml(folder / CONFIG)
     kind = config.get("model_kind", "transcoder_set")
     if kind != "transcoder_set":
-        raise FormatError(f"{folder / CONFIG}: model_kind {kind!r} cannot be read", why="a cross-layer transcoder writes to several layers, an SAE to one", fix="only transcoder_set")
+        raise FormatError(
+            f"{folder / CONFIG}: model_kind {kind!r} cannot be read",
+            why="a cross-layer transcoder writes to several layers, an SAE to one",
+            fix="only transcoder_set",
+        )
     files = _listed(folder, config["transcoders"]) if config.get("transcoders") else _globbed(folder)
     if path.is_file():
         layer = next((layer for layer, file in files.items() if file.resolve() == path.resolve()), None)
         if layer is None:
-            raise FormatError(f"{path} is not a layer of {folder / CONFIG}", why=f"layers: {', '.join(file.name for file in files.values()) or 'none'}", fix=RESTORE)
+            raise FormatError(
+                f"{path} is not a layer of {folder / CONFIG}",
+                why=f"layers: {', '.join(file.name for file in files.values()) or 'none'}",
+                fix=RESTORE,
+            )
         return layer, path, config
     if not files:
         raise FormatError(f"{folder} holds no layer_*.safetensors", why=f"its {CONFIG} speaks of a transcoder set", fix=RESTORE)
     if len(files) > 1:
         shown = ", ".join(str(file) for file in list(files.values())[:3])
-        raise FormatError(f"{folder} holds {len(files)} transcoders", why="one is read at a time", fix=f"name one of its files: {shown}{' …' if len(files) > 3 else ''}")
+        raise FormatError(
+            f"{folder} holds {len(files)} transcoders",
+            why="one is read at a time",
+            fix=f"name one of its files: {shown}{' …' if len(files) > 3 else ''}",
+        )
     return *next(iter(files.items())), config
 
 
@@ -149,11 +163,23 @@ def _listed(folder: Path, entries: Any) -> dict[int, Path]:
         if not isinstance(name, str) or isinstance(layer, bool) or not isinstance(layer, int):
             raise FormatError(f"{folder / CONFIG}: transcoders holds {entry!r}", why="expected the name of a file", fix=RESTORE)
         if name.startswith("hf://"):
-            raise FormatError(f"{folder / CONFIG} lists {name}", why="that file is not in this folder", fix="download it and read it by itself: saehub inspect FOLDER")
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or not (folder / name).resolve().is_relative_to(folder.resolve()):
-            raise FormatError(f"{folder / CONFIG} lists {name}", why="that lies outside the folder", fix="put the file into the folder and list its bare name")
+            raise FormatError(
+                f"{folder / CONFIG} lists {name}",
+                why="that file is not in this folder",
+                fix="download it and read it by itself: saehub inspect FOLDER",
+            )
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:  # links are the hub cache's own
+            raise FormatError(
+                f"{folder / CONFIG} lists {name}",
+                why="that lies outside the folder",
+                fix="put the file into the folder and list its bare name",
+            )
         if not name.endswith(".safetensors"):
-            raise FormatError(f"{folder / CONFIG} lists {name}", why="layers are safetensors files", fix="Gemma Scope's params.npz is a format of its own: name its folder")
+            raise FormatError(
+                f"{folder / CONFIG} lists {name}",
+                why="layers are safetensors files",
+                fix="Gemma Scope's params.npz is a format of its own: name its folder",
+            )
         found[layer] = folder / name
     return found
 
@@ -170,7 +196,9 @@ def _tensors(file: Path) -> dict[str, Tensor]:
     shapes = {"W_enc": (d_sae, d), "b_enc": (d_sae,), "W_dec": (d_sae, d), "b_dec": (d,), "W_skip": (d, d), THRESHOLD: (d_sae,)}
     check_shapes(file, stored, shapes, optional=("W_skip", THRESHOLD))
     if THRESHOLD in stored and bool((stored[THRESHOLD] < 0).any()):
-        raise FormatError(f"{file}: {THRESHOLD} holds negative values", why="negative features would pass, which no architecture here has", fix=RESTORE)
+        raise FormatError(
+            f"{file}: {THRESHOLD} holds negative values", why="negative features would pass, which no architecture here has", fix=RESTORE
+        )
     return stored
 
 
@@ -187,7 +215,10 @@ def _read_plainly(foreign: Foreign, config: dict[str, Any], layer: int, file: Pa
     from saehub.checkpoint.config import SAEConfig
 
     stored = foreign.tensors
-    ours = {"W_enc": stored["W_enc"].T.contiguous(), **{name: stored[name] for name in ("b_enc", "W_dec", "b_dec", "W_skip") if name in stored}}
+    ours = {
+        "W_enc": stored["W_enc"].T.contiguous(),
+        **{name: stored[name] for name in ("b_enc", "W_dec", "b_dec", "W_skip") if name in stored},
+    }
     if THRESHOLD in stored:
         ours["threshold"] = stored[THRESHOLD]
     d_sae, d = stored["W_enc"].shape
@@ -249,8 +280,12 @@ def _hooks(provenance: Mapping[str, Any]) -> tuple[int, list[str]]:
                 name = None
         match = re.fullmatch(r"blocks\.(\d+)\.(.+)", name) if isinstance(name, str) else None
         if not match:
-            raise Unsayable(f"circuit-tracer must know by a TransformerLens name what the transcoder {what}; {key} is {provenance.get(key)!r}")
+            raise Unsayable(
+                f"circuit-tracer must know by a TransformerLens name what the transcoder {what}; {key} is {provenance.get(key)!r}"
+            )
         found.append((int(match[1]), match[2]))
     if found[0][0] != found[1][0]:
-        raise Unsayable(f"circuit-tracer's transcoders stay within a layer, this one reads layer {found[0][0]} and predicts layer {found[1][0]}")
+        raise Unsayable(
+            f"circuit-tracer's transcoders stay within a layer, this one reads layer {found[0][0]} and predicts layer {found[1][0]}"
+        )
     return found[0][0], [hook for _, hook in found]

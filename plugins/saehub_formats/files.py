@@ -36,7 +36,11 @@ def one_file(path: Path, pattern: str, what: str) -> Path:
     if not found:
         raise FormatError(f"{path} holds no {pattern}", why=f"{what} has its weights there", fix=RESTORE)
     shown = ", ".join(str(file) for file in found[:3])
-    raise FormatError(f"{path} holds {len(found)} SAEs", why="one is read at a time", fix=f"name one of its files: {shown}{' …' if len(found) > 3 else ''}")
+    raise FormatError(
+        f"{path} holds {len(found)} SAEs",
+        why="one is read at a time",
+        fix=f"name one of its files: {shown}{' …' if len(found) > 3 else ''}",
+    )
 
 
 def first_file(path: Path, pattern: str) -> Path | None:
@@ -65,11 +69,19 @@ def open_zip(file: Path, *, stored: bool = False) -> Iterator[zipfile.ZipFile]:
                 if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
                     raise FormatError(f"{file}: the archive names {name!r}", why="that lies outside it", fix=RESTORE)
             unpacked = sum(entry.file_size for entry in entries)
-            if unpacked > MAX_EXPANSION * size or (stored and any(entry.compress_type != zipfile.ZIP_STORED or entry.file_size > size for entry in entries)):
-                raise FormatError(f"{file}: {size} bytes unpack to {unpacked}", why="weights do not compress like that", fix="do not use it; get the file from its publisher")
+            if unpacked > MAX_EXPANSION * size or (
+                stored and any(entry.compress_type != zipfile.ZIP_STORED or entry.file_size > size for entry in entries)
+            ):
+                raise FormatError(
+                    f"{file}: {size} bytes unpack to {unpacked}",
+                    why="weights do not compress like that",
+                    fix="do not use it; get the file from its publisher",
+                )
             yield archive
     except (zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, OSError, NotImplementedError, RuntimeError, _zlib_error()) as error:
-        raise FormatError(f"{file} is not a whole zip archive", why=f"{file.stat().st_size} bytes; {type(error).__name__}: {error}", fix=RESTORE) from error
+        raise FormatError(
+            f"{file} is not a whole zip archive", why=f"{file.stat().st_size} bytes; {type(error).__name__}: {error}", fix=RESTORE
+        ) from error
 
 
 def _zlib_error() -> type[Exception]:
@@ -114,7 +126,11 @@ def _read_npy(file: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> A
             raise FormatError(f"{file}: {entry.filename} holds {dtype}", why=why, fix="get the file from its publisher")
         expected = start + prod(shape) * dtype.itemsize
         if expected != entry.file_size or any(size < 0 for size in shape):
-            raise FormatError(f"{file}: {entry.filename} says its shape is {list(shape)}", why=f"that takes {expected} bytes, {entry.file_size} are there", fix=RESTORE)
+            raise FormatError(
+                f"{file}: {entry.filename} says its shape is {list(shape)}",
+                why=f"that takes {expected} bytes, {entry.file_size} are there",
+                fix=RESTORE,
+            )
         with archive.open(entry) as stream:
             return np.asarray(npy.read_array(stream, allow_pickle=False))
     except (ValueError, KeyError, TypeError, SyntaxError, OverflowError, MemoryError) as error:
@@ -165,7 +181,11 @@ def read_torch(file: Path) -> dict[str, Any]:
         found = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises whatever it meets first
         said = str(error).splitlines()[0] if str(error) else ""
-        raise FormatError(f"{file} is not a plain torch file of tensors", why=f"{type(error).__name__}: {said}", fix="get the file from its publisher; nothing in it was run") from error
+        raise FormatError(
+            f"{file} is not a plain torch file of tensors",
+            why=f"{type(error).__name__}: {said}",
+            fix="get the file from its publisher; nothing in it was run",
+        ) from error
     if not isinstance(found, Mapping) or not all(isinstance(key, str) for key in found):
         raise FormatError(f"{file} holds a {type(found).__name__}", why="expected a map of names to tensors", fix=RESTORE)
     for name, tensor in found.items():
@@ -174,7 +194,11 @@ def read_torch(file: Path) -> dict[str, Any]:
         if tensor.layout is not torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
             raise FormatError(f"{file}: {name} is not a plain dense tensor", fix=RESTORE)
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-            raise FormatError(f"{file}: {name} says its shape is {list(tensor.shape)}", why=f"{tensor.untyped_storage().nbytes()} bytes are there", fix=RESTORE)
+            raise FormatError(
+                f"{file}: {name} says its shape is {list(tensor.shape)}",
+                why=f"{tensor.untyped_storage().nbytes()} bytes are there",
+                fix=RESTORE,
+            )
     return {name: value.detach() if isinstance(value, torch.Tensor) else value for name, value in found.items()}
 
 

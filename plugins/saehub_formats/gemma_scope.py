@@ -119,12 +119,20 @@ def _read_plainly(foreign: Foreign, file: Path) -> SAE:
     factor = arrays.pop("scaling_factor", None)
     if factor is not None:
         if not bool((factor == 1).all()):
-            raise FormatError(f"{file}: scaling_factor is not 1", why="no published equation says where it belongs", fix="use an SAE without one")
+            raise FormatError(
+                f"{file}: scaling_factor is not 1", why="no published equation says where it belongs", fix="use an SAE without one"
+            )
         origin["unit_scaling_factor"] = {"dtype": str(factor.dtype).removeprefix("torch."), "shape": list(factor.shape)}
     if "W_enc" not in arrays or "W_dec" not in arrays or arrays["W_enc"].ndim != 2 or arrays["W_dec"].ndim != 2:
-        raise FormatError(f"{file} holds {', '.join(foreign.tensors) or 'nothing'}", why=f"expected {', '.join(NAMES)}, W_enc and W_dec as matrices", fix=RESTORE)
+        raise FormatError(
+            f"{file} holds {', '.join(foreign.tensors) or 'nothing'}",
+            why=f"expected {', '.join(NAMES)}, W_enc and W_dec as matrices",
+            fix=RESTORE,
+        )
     (d_in, d_sae), d_out = arrays["W_enc"].shape, arrays["W_dec"].shape[1]
-    check_shapes(file, arrays, {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_out), "b_dec": (d_out,), "threshold": (d_sae,)})
+    check_shapes(
+        file, arrays, {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_out), "b_dec": (d_out,), "threshold": (d_sae,)}
+    )
     kind = "transcoder" if about["site"] == "transcoders" or d_in != d_out else "autoencoder"
     config = SAEConfig("jumprelu", d_in, d_sae, d_out=d_out, kind=kind, subtract_b_dec=False)
     return build(file, config, arrays, {**about["provenance"], "origin": origin})
@@ -162,7 +170,9 @@ def to_gemma_scope(sae: SAE) -> Foreign:
         foreign.tensors = {name: t.float() if name in wide else t for name, t in foreign.tensors.items()}
         foreign.side_channel.append(f"bfloat16 of {', '.join(wide)} (float32 in the file, exactly)")
         # a tensor that our own SAE does not have (θ = 0 of a relu, θ of every latent) needs no way back
-        foreign.config[SIDE_CHANNEL]["dtypes"] = {name: word for name, word in wide.items() if name in sae.tensors() and sae.tensors()[name].shape == foreign.tensors[name].shape}
+        foreign.config[SIDE_CHANNEL]["dtypes"] = {
+            name: word for name, word in wide.items() if name in sae.tensors() and sae.tensors()[name].shape == foreign.tensors[name].shape
+        }
     origin = sae.provenance.get("origin")
     origin = origin if isinstance(origin, dict) and origin.get("format") == FORMAT else {}
     names = {_ours(name): name for name in origin.get("lower_case", ())}

@@ -55,14 +55,29 @@ class GemmaScope2(ReadOnly):
         config = read_config(path / CONFIG) if (path / CONFIG).is_file() else {}
         if config.get("architecture", "jump_relu") != "jump_relu" or config.get("type", "sae") not in ("sae", "transcoder"):
             said = f"architecture {config.get('architecture')!r}, type {config.get('type')!r}"
-            raise FormatError(f"{path / CONFIG} says {said}", why="readable: jump_relu; sae and transcoder", fix="only a dictionary of one layer is an SAE here")
+            raise FormatError(
+                f"{path / CONFIG} says {said}",
+                why="readable: jump_relu; sae and transcoder",
+                fix="only a dictionary of one layer is an SAE here",
+            )
         tensors = read_tensors(path / WEIGHTS)
         d_in, d_sae, d_out = _sizes(path / WEIGHTS, tensors)
-        shapes = {"w_enc": (d_in, d_sae), "b_enc": (d_sae,), "w_dec": (d_sae, d_out), "b_dec": (d_out,), "threshold": (d_sae,), SKIP: (d_in, d_out)}
+        shapes = {
+            "w_enc": (d_in, d_sae),
+            "b_enc": (d_sae,),
+            "w_dec": (d_sae, d_out),
+            "b_dec": (d_out,),
+            "threshold": (d_sae,),
+            SKIP: (d_in, d_out),
+        }
         check_shapes(path / WEIGHTS, tensors, shapes, optional=(SKIP,))
         skip = SKIP in tensors
         if "affine_connection" in config and bool(config["affine_connection"]) != skip:
-            raise FormatError(f"{path}: {CONFIG} says affine_connection {config['affine_connection']!r}", why=f"{WEIGHTS} has {'a' if skip else 'no'} {SKIP}", fix=RESTORE)
+            raise FormatError(
+                f"{path}: {CONFIG} says affine_connection {config['affine_connection']!r}",
+                why=f"{WEIGHTS} has {'a' if skip else 'no'} {SKIP}",
+                fix=RESTORE,
+            )
         hook, target = config.get("hf_hook_point_in"), config.get("hf_hook_point_out")
         crosses = skip or d_in != d_out or config.get("type") == "transcoder" or (target and hook and target != hook)
         kind = "skip_transcoder" if skip else "transcoder" if crosses else "autoencoder"
@@ -92,7 +107,11 @@ def _sizes(file: Path, tensors: dict[str, Tensor]) -> tuple[int, int, int]:
     encoder, decoder = tensors.get("w_enc"), tensors.get("w_dec")
     if encoder is None or decoder is None or encoder.ndim != 2 or decoder.ndim != 2:
         shown = {name: list(tensor.shape) for name, tensor in tensors.items()}
-        why = "w_enc and w_dec of one layer are matrices; a cross-layer transcoder writes to several layers" if decoder is not None else "w_enc or w_dec is missing"
+        why = (
+            "w_enc and w_dec of one layer are matrices; a cross-layer transcoder writes to several layers"
+            if decoder is not None
+            else "w_enc or w_dec is missing"
+        )
         raise FormatError(f"{file} holds {shown}", why=why, fix="only a dictionary of one layer is an SAE here")
     return encoder.shape[0], encoder.shape[1], decoder.shape[1]
 

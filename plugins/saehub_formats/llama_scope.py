@@ -7,7 +7,7 @@
 | encoder | encoder.weight [d_sae, d], encoder.bias | the same | W_E [d, d_sae], b_E | W_enc [d, d_sae], b_enc |
 | decoder | decoder.weight [d, d_sae], decoder.bias | the same | W_D [d_sae, d], b_D | W_dec [d_sae, d], b_dec |
 | θ | jump_relu_threshold, a number in the config | log_jumprelu_threshold | activation_function.log_jumprelu_threshold | threshold |
-| norms | dataset_average_activation_norm {in, out} | in neither file: add it | dataset_average_activation_norm.HOOK, tensors | folded |
+| norms | dataset_average_activation_norm {in, out} | as in 2026; where absent, add {in, out} | tensors dataset_average_activation_norm.HOOK | folded |
 
 With s = √d / (average norm of the dataset's rows), in and out, and n_i = ‖W_dec_i‖ if `sparsity_include_decoder_norm`, else 1:
 
@@ -75,7 +75,9 @@ class LlamaScope(ReadOnly):
         """A config of that library beside its weights."""
         path = Path(path)
         try:
-            known = any(is_map_with(path / name, {"d_model", "act_fn"}) or is_map_with(path / name, {"d_model", "sae_type"}) for name in CONFIGS)
+            known = any(
+                is_map_with(path / name, {"d_model", "act_fn"}) or is_map_with(path / name, {"d_model", "sae_type"}) for name in CONFIGS
+            )
             return known and any((path / name).is_file() for name in WEIGHTS)
         except OSError:
             return False
@@ -110,6 +112,10 @@ class LlamaScope(ReadOnly):
             origin["units"] = "features are the library's times the norm of the decoder row"
         return build(source.weights, config, tensors, {**about, "origin": origin})
 
+    def folds(self, path: Path) -> list[str]:
+        """What `read` folds: stands in the certificate of a conversion."""
+        return self.read(path).provenance["origin"]["folded"]
+
     def run(self, path: Path, x_ND: Tensor) -> tuple[Tensor, Tensor]:
         """Features [n, d_sae] in the units of `read`, reconstruction [n, d]: the published equations in float64, rounded once."""
         source = _open(Path(path))
@@ -124,10 +130,17 @@ def _open(path: Path) -> Folder:
     name = next((name for name in CONFIGS if (path / name).is_file()), None)
     weights = next((path / name for name in WEIGHTS if (path / name).is_file()), None)
     if name is None or weights is None:
-        raise FormatError(f"{path} holds no {' or '.join(CONFIGS)}, or none of {', '.join(WEIGHTS)}", fix=f"{RESTORE}; .pt and .dcp weights: save_pretrained in Llamascopium")
+        raise FormatError(
+            f"{path} holds no {' or '.join(CONFIGS)}, or none of {', '.join(WEIGHTS)}",
+            fix=f"{RESTORE}; .pt and .dcp weights: save_pretrained in Llamascopium",
+        )
     config, stored = read_config(path / name), read_tensors(weights)
     _refuse(path / name, config)
-    norms = {key.removeprefix(NORM + "."): float(stored.pop(key)) for key in list(stored) if key.startswith(NORM + ".") and stored[key].numel() == 1}
+    norms = {
+        key.removeprefix(NORM + "."): float(stored.pop(key))
+        for key in list(stored)
+        if key.startswith(NORM + ".") and stored[key].numel() == 1
+    }
     tensors, added = {OURS.get(key, key): tensor for key, tensor in stored.items()}, []
     for matrix, key in (("W_enc", "encoder.weight"), ("W_dec", "decoder.weight")):
         if key in stored:
@@ -147,12 +160,22 @@ def _open(path: Path) -> Folder:
     scale_in, scale_out = _scales(path / name, config, norms, d) if mode == "dataset-wise" else (1.0, 1.0)
     subtract = bool(config.get("apply_decoder_bias_to_pre_encoder", False)) and bool(config.get("use_decoder_bias", True))
     if transcoder and (mode == "token-wise" or subtract):
-        why = "the output's norm cannot be known from the input" if mode == "token-wise" else "its decoder bias lives at another site than its input"
-        raise FormatError(f"{path / name}: a transcoder with {'token-wise norms' if mode == 'token-wise' else 'apply_decoder_bias_to_pre_encoder'}", why=why, fix="no architecture here computes it")
+        why = (
+            "the output's norm cannot be known from the input"
+            if mode == "token-wise"
+            else "its decoder bias lives at another site than its input"
+        )
+        raise FormatError(
+            f"{path / name}: a transcoder with {'token-wise norms' if mode == 'token-wise' else 'apply_decoder_bias_to_pre_encoder'}",
+            why=why,
+            fix="no architecture here computes it",
+        )
     if subtract and scale_in != scale_out:
         raise FormatError(f"{path / name}: apply_decoder_bias_to_pre_encoder with two norms for one site", fix=RESTORE)
     with_norms = bool(config.get("sparsity_include_decoder_norm", True))
-    return Folder(weights, config, tensors, activation, early, transcoder, mode == "token-wise", scale_in, scale_out, with_norms, subtract, added)
+    return Folder(
+        weights, config, tensors, activation, early, transcoder, mode == "token-wise", scale_in, scale_out, with_norms, subtract, added
+    )
 
 
 def _refuse(file: Path, config: dict[str, Any]) -> None:
@@ -165,7 +188,11 @@ def _refuse(file: Path, config: dict[str, Any]) -> None:
     ):
         word = config.get(key, known[0])
         if (word.lower() if isinstance(word, str) else word) not in known:
-            raise FormatError(f"{file}: {key} {word!r} cannot be read{did_you_mean(str(word), map(str, known))}", why=why, fix=f"readable: {', '.join(map(str, known))}")
+            raise FormatError(
+                f"{file}: {key} {word!r} cannot be read{did_you_mean(str(word), map(str, known))}",
+                why=why,
+                fix=f"readable: {', '.join(map(str, known))}",
+            )
     for key in ("hook_point_in", "hook_point_out"):
         if not isinstance(config.get(key), str) or not config[key]:
             raise FormatError(f"{file}: {key} is {config.get(key)!r}", why="expected a name such as blocks.15.hook_resid_post", fix=RESTORE)

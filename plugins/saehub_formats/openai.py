@@ -8,7 +8,7 @@
 | encoder.weight | [d_sae, d] | W_enc, transposed |
 | latent_bias | [d_sae] | b_enc |
 | decoder.weight | [d, d_sae] | W_dec, transposed (tied SAEs: decoder.linear.weight = encoder.weight) |
-| activation, activation_state_dict | "ReLU"; "TopK", {k, postact_fn} | architecture |
+| activation, activation_state_dict (and activation.k, activation.postact_fn) | "ReLU"; "TopK", {k, postact_fn} | architecture |
 | stats_last_nonzero, latents_… | [d_sae] | statistics of training; not kept |
 
     x' = x, or for TopK SAEs (x - μ)/(σ + 1e-5), σ with n-1
@@ -64,7 +64,10 @@ class OpenAI(ReadOnly):
         tensors = {name: value for name, value in stored.items() if name not in STATISTICS}
         if "decoder.linear.weight" in tensors:  # tied: the decoder is the encoder, transposed
             tensors["decoder.weight"] = tensors.pop("decoder.linear.weight").T
-            if not (tensors["decoder.weight"].shape == tensors["encoder.weight"].T.shape and bool((tensors["decoder.weight"] == tensors["encoder.weight"].T).all())):
+            if not (
+                tensors["decoder.weight"].shape == tensors["encoder.weight"].T.shape
+                and bool((tensors["decoder.weight"] == tensors["encoder.weight"].T).all())
+            ):
                 raise FormatError(f"{file}: a tied decoder that is not its encoder", fix=RESTORE)
         d_sae, d = _matrix(file, tensors)
         check_shapes(file, tensors, {"pre_bias": (d,), "encoder.weight": (d_sae, d), "latent_bias": (d_sae,), "decoder.weight": (d, d_sae)})
@@ -99,10 +102,19 @@ def _open(path: Path) -> tuple[Path, dict[str, Tensor], str, int | None]:
     file = one_file(path, "*.pt", "an openai SAE")
     stored = read_torch(file)
     activation, state = stored.pop("activation", "ReLU"), stored.pop("activation_state_dict", {})
+    again = {key: stored.pop(f"activation.{key}") for key in ("k", "postact_fn") if f"activation.{key}" in stored}
+    if isinstance(state, dict) and any(state.setdefault(key, value) != value for key, value in again.items()):
+        raise FormatError(f"{file}: activation_state_dict is {str(state)[:100]}", why=f"the entries beside it say {again}", fix=RESTORE)
     k = state.get("k") if isinstance(state, dict) and activation == "TopK" else None
     k = int(k) if isinstance(k, torch.Tensor) and k.numel() == 1 else k
-    if activation not in ("ReLU", "TopK") or (activation == "TopK" and state.get("postact_fn", "ReLU") != "ReLU" if isinstance(state, dict) else True):
-        raise FormatError(f"{file}: activation {activation!r} with {str(state)[:100]}", why="readable: ReLU, and TopK followed by ReLU", fix="no architecture here computes it")
+    if activation not in ("ReLU", "TopK") or (
+        activation == "TopK" and state.get("postact_fn", "ReLU") != "ReLU" if isinstance(state, dict) else True
+    ):
+        raise FormatError(
+            f"{file}: activation {activation!r} with {str(state)[:100]}",
+            why="readable: ReLU, and TopK followed by ReLU",
+            fix="no architecture here computes it",
+        )
     if activation == "TopK" and (isinstance(k, bool) or not isinstance(k, int) or k < 1):
         raise FormatError(f"{file}: TopK with k {k!r}", why="expected a whole number from 1 in activation_state_dict", fix=RESTORE)
     return file, stored, activation, k

@@ -60,7 +60,12 @@ class QwenScope(ReadOnly):
         d_sae, d = encoder.shape
         check_shapes(file, stored, {"W_enc": (d_sae, d), "b_enc": (d_sae,), "W_dec": (d, d_sae), "b_dec": (d,)})
         ours = stored | {name: stored[name].T.contiguous() for name in ("W_enc", "W_dec")}
-        return build(file, SAEConfig("topk", d, d_sae, params={"k": k}, subtract_b_dec=False), ours, {**about, "origin": {"format": FORMAT, "config": origin}})
+        return build(
+            file,
+            SAEConfig("topk", d, d_sae, params={"k": k}, subtract_b_dec=False),
+            ours,
+            {**about, "origin": {"format": FORMAT, "config": origin}},
+        )
 
     def run(self, path: Path, x_ND: Tensor) -> tuple[Tensor, Tensor]:
         """Features [n, d_sae] and reconstruction [n, d] of rows [n, d]: the published equation in float64, rounded once."""
@@ -84,12 +89,22 @@ def _about(file: Path) -> tuple[int, dict[str, Any], dict[str, Any]]:
         about["model"], said["the folder's name"] = {"name": f"Qwen/{model}"}, int(k)
     card = file.with_name(CARD)
     if card.is_file() and card.stat().st_size <= MAX_TEXT_BYTES:
-        rows = dict(re.findall(r"^\|\s*([^|\n]+?)\s*\|\s*([^|\n]+?)\s*\|\s*$", card.read_text(encoding="utf-8", errors="replace"), re.MULTILINE))
+        rows = dict(
+            re.findall(r"^\|\s*([^|\n]+?)\s*\|\s*([^|\n]+?)\s*\|\s*$", card.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+        )
         if rows.get("Top-K", "").isdigit():
-            said[CARD], origin["card"] = int(rows["Top-K"]), {key: rows[key] for key in ("Base model", "Top-K", "Hook point") if key in rows}
+            said[CARD], origin["card"] = (
+                int(rows["Top-K"]),
+                {key: rows[key] for key in ("Base model", "Top-K", "Hook point") if key in rows},
+            )
     if not said:
         why = f"k stands in the model card ({CARD}: | Top-K | … |) and in the repository's name (SAE-Res-…-L0_50), and neither is here"
-        raise FormatError(f"{file}: how many latents a row keeps is said nowhere", why=why, fix=f"put the repository's {CARD} beside the file")
+        raise FormatError(
+            f"{file}: how many latents a row keeps is said nowhere", why=why, fix=f"put the repository's {CARD} beside the file"
+        )
     if len(set(said.values())) > 1:
-        raise FormatError(f"{file}: k is {' and '.join(f'{k} in {where}' for where, k in said.items())}", fix=f"put the {CARD} of the file's own repository beside it")
+        raise FormatError(
+            f"{file}: k is {' and '.join(f'{k} in {where}' for where, k in said.items())}",
+            fix=f"put the {CARD} of the file's own repository beside it",
+        )
     return next(iter(said.values())), about, origin

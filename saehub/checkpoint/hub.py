@@ -1,4 +1,4 @@
-"""A hub id in, a local folder and the commit it came from out (`hf://org/repo[@revision][/folder]`)."""
+"""A hub id in, a local folder (or file) and the commit it came from out (`hf://org/repo[@revision][/folder]`)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 from saehub.errors import MissingDependency, UsageError
 
+BESIDE = ("config.json", "config.yaml", "README.md")
+"""Texts that say what a weight file is, in the layouts whose SAEs are single files."""
 _PART = re.compile(r"[\w.+=-]+")
 
 
@@ -22,7 +24,7 @@ def parse(text: str) -> tuple[str, str | None, str]:
 
 
 def download(text: str, *, revision: str | None = None) -> tuple[Path, dict[str, Any]]:
-    """The folder on this machine (downloaded, or from the cache when offline) and `{"id", "revision", "commit"}`."""
+    """The folder or file on this machine (downloaded, or from the cache when offline) and `{"id", "revision", "commit"}`."""
     repo, in_id, folder = parse(text)
     revision = revision or in_id
     try:
@@ -30,7 +32,7 @@ def download(text: str, *, revision: str | None = None) -> tuple[Path, dict[str,
     except ImportError as error:
         raise MissingDependency("hub ids need huggingface_hub, which is not installed", fix="pip install huggingface_hub") from error
     try:
-        root = Path(snapshot_download(repo, revision=revision, allow_patterns=[f"{folder}/*"] if folder else None))
+        root = Path(snapshot_download(repo, revision=revision, allow_patterns=_patterns(folder)))
     except Exception as error:  # the client raises a dozen kinds, from requests', httpx' and its own families
         raise UsageError(
             f"{text} could not be downloaded",
@@ -39,12 +41,20 @@ def download(text: str, *, revision: str | None = None) -> tuple[Path, dict[str,
             said=str(error) or type(error).__name__,
         ) from error
     path = root / folder
-    if not path.is_dir():
+    if not path.exists():
         raise UsageError(
             f"{text}: the repository has no folder {folder!r}",
             why=f"it has {', '.join(sorted(p.name for p in root.iterdir())[:12]) or 'nothing'}",
         )
     return path, {"id": text, "repository": repo, "folder": folder, "revision": revision or "main", "commit": root.name}
+
+
+def _patterns(folder: str) -> list[str] | None:
+    """What to fetch: everything, a folder, or one file with the texts beside it (some layouts keep several SAEs in one folder)."""
+    if not folder:
+        return None
+    beside = folder.rpartition("/")[0]
+    return [f"{folder}/*", folder, *(f"{beside}/{name}" if beside else name for name in BESIDE)]
 
 
 def _reason(error: Exception) -> str:

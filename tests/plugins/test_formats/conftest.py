@@ -93,7 +93,16 @@ def gemma_scope(tmp: Path) -> Case:
     folder.mkdir(parents=True)
     stored = {name: a[name] for name in ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")}
     np.savez(folder / "params.npz", **stored)
-    return Case(folder, "formats/gemma_scope", jump(a), stored, folder / "params.npz", "jumprelu", site="mlp_out.7", origin={"folder": "layer_7/width_16k/average_l0_71"})
+    return Case(
+        folder,
+        "formats/gemma_scope",
+        jump(a),
+        stored,
+        folder / "params.npz",
+        "jumprelu",
+        site="mlp_out.7",
+        origin={"folder": "layer_7/width_16k/average_l0_71"},
+    )
 
 
 def gemma_scope_compressed_transcoder(tmp: Path) -> Case:
@@ -101,8 +110,24 @@ def gemma_scope_compressed_transcoder(tmp: Path) -> Case:
     a, folder = arrays(), tmp / "models--google--gemma-scope-2b-pt-transcoders/snapshots/abc/layer_3/width_16k/average_l0_54"
     folder.mkdir(parents=True)
     stored = {name: a[name] for name in ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")}
-    np.savez_compressed(folder / "params.npz", scaling_factor=np.ones(F, np.float32), w_enc=a["W_enc"], w_dec=a["W_dec"], **{n: a[n] for n in ("b_enc", "b_dec", "threshold")})
-    return Case(folder, "formats/gemma_scope", jump(a), stored, folder / "params.npz", "jumprelu", "transcoder", target="mlp_out.3", unknown="blocks.3.ln2.hook_normalized")
+    np.savez_compressed(
+        folder / "params.npz",
+        scaling_factor=np.ones(F, np.float32),
+        w_enc=a["W_enc"],
+        w_dec=a["W_dec"],
+        **{n: a[n] for n in ("b_enc", "b_dec", "threshold")},
+    )
+    return Case(
+        folder,
+        "formats/gemma_scope",
+        jump(a),
+        stored,
+        folder / "params.npz",
+        "jumprelu",
+        "transcoder",
+        target="mlp_out.3",
+        unknown="blocks.3.ln2.hook_normalized",
+    )
 
 
 def _gemma_2(folder: Path, a: dict, config: dict, skip: bool = False) -> dict[str, np.ndarray]:
@@ -116,17 +141,42 @@ def _gemma_2(folder: Path, a: dict, config: dict, skip: bool = False) -> dict[st
 def gemma_scope_2(tmp: Path) -> Case:
     a, folder = arrays(), tmp / "resid_post/layer_9_width_16k_l0_small"
     hook = "model.layers.9.output"
-    config = {"architecture": "jump_relu", "type": "sae", "model_name": "google/gemma-3-1b-pt", "hf_hook_point_in": hook, "hf_hook_point_out": hook, "affine_connection": False, "width": F, "l0": 20}
+    config = {
+        "architecture": "jump_relu",
+        "type": "sae",
+        "model_name": "google/gemma-3-1b-pt",
+        "hf_hook_point_in": hook,
+        "hf_hook_point_out": hook,
+        "affine_connection": False,
+        "width": F,
+        "l0": 20,
+    }
     stored = _gemma_2(folder, a, config)
-    return Case(folder, "formats/gemma_scope_2", jump(a), stored, folder / "params.safetensors", "jumprelu", site="resid_post.9", origin=config)
+    return Case(
+        folder, "formats/gemma_scope_2", jump(a), stored, folder / "params.safetensors", "jumprelu", site="resid_post.9", origin=config
+    )
 
 
 def gemma_scope_2_skip_transcoder(tmp: Path) -> Case:
     a, folder = arrays(), tmp / "transcoder_all/layer_5_width_16k_l0_big_affine"
     config = {"architecture": "jump_relu", "model_name": "google/gemma-3-4b-it", "affine_connection": True}
-    config |= {"hf_hook_point_in": "model.layers.5.pre_feedforward_layernorm.output", "hf_hook_point_out": "model.layers.5.post_feedforward_layernorm.output"}
+    config |= {
+        "hf_hook_point_in": "model.layers.5.pre_feedforward_layernorm.output",
+        "hf_hook_point_out": "model.layers.5.post_feedforward_layernorm.output",
+    }
     stored = _gemma_2(folder, a, config, skip=True)
-    return Case(folder, "formats/gemma_scope_2", jump(a, skip=True), stored, folder / "params.safetensors", "jumprelu", "skip_transcoder", "mlp_in.5", "mlp_out.5", origin=config)
+    return Case(
+        folder,
+        "formats/gemma_scope_2",
+        jump(a, skip=True),
+        stored,
+        folder / "params.safetensors",
+        "jumprelu",
+        "skip_transcoder",
+        "mlp_in.5",
+        "mlp_out.5",
+        origin=config,
+    )
 
 
 def llama_scope(tmp: Path) -> Case:
@@ -134,7 +184,10 @@ def llama_scope(tmp: Path) -> Case:
     a, folder = arrays(), tmp / "Llama3_1-8B-Base-L15R-8x"
     config = {"hook_point_in": "blocks.15.hook_resid_post", "hook_point_out": "blocks.15.hook_resid_post", "d_model": D, "d_sae": F, "expansion_factor": F / D, "act_fn": "jumprelu", "jump_relu_threshold": 0.35546875,
               "norm_activation": "dataset-wise", "dataset_average_activation_norm": {"in": 10.8125, "out": 10.8125}, "sparsity_include_decoder_norm": True, "use_decoder_bias": True, "apply_decoder_bias_to_pre_encoder": False, "use_glu_encoder": False, "top_k": 50}  # fmt: skip
-    weights = tensor_file(folder / "checkpoints/final.safetensors", {"encoder.weight": a["W_enc"].T, "encoder.bias": a["b_enc"], "decoder.weight": a["W_dec"].T, "decoder.bias": a["b_dec"]})
+    weights = tensor_file(
+        folder / "checkpoints/final.safetensors",
+        {"encoder.weight": a["W_enc"].T, "encoder.bias": a["b_enc"], "decoder.weight": a["W_dec"].T, "decoder.bias": a["b_dec"]},
+    )
     (folder / "hyperparams.json").write_text(json.dumps(config))
     W, b, V, c = wide(a["W_enc"], a["b_enc"], a["W_dec"], a["b_dec"])
 
@@ -149,7 +202,17 @@ def llama_scope(tmp: Path) -> Case:
 
 
 def _late(folder: Path, activation: str, config: dict, content: dict[str, np.ndarray]) -> tuple[dict, Path]:
-    config = {"sae_type": "sae", "d_model": D, "expansion_factor": F / D, "act_fn": activation, "norm_activation": "dataset-wise", "sparsity_include_decoder_norm": True, "top_k": K, "use_decoder_bias": True, "dtype": "torch.float32"} | config
+    config = {
+        "sae_type": "sae",
+        "d_model": D,
+        "expansion_factor": F / D,
+        "act_fn": activation,
+        "norm_activation": "dataset-wise",
+        "sparsity_include_decoder_norm": True,
+        "top_k": K,
+        "use_decoder_bias": True,
+        "dtype": "torch.float32",
+    } | config
     weights = tensor_file(folder / "sae_weights.safetensors", content)
     (folder / "config.json").write_text(json.dumps(config))
     return config, weights
@@ -159,8 +222,18 @@ def llamascopium_transcoder(tmp: Path) -> Case:
     """2026: rows are normalised to an average of √d, the gate sees p ‖W_D‖, and the output is denormalised by its own norm."""
     a, folder = arrays(), tmp / "transcoder"
     hooks = {"hook_point_in": "blocks.4.ln2.hook_normalized", "hook_point_out": "blocks.4.hook_mlp_out"}
-    norms = {f"dataset_average_activation_norm.{hooks[side]}": np.array(value, np.float32) for side, value in (("hook_point_in", 6.5), ("hook_point_out", 2.25))}
-    content = {"W_E": a["W_enc"], "b_E": a["b_enc"], "W_D": a["W_dec"], "b_D": a["b_dec"], "activation_function.log_jumprelu_threshold": np.log(a["threshold"]), **norms}
+    norms = {
+        f"dataset_average_activation_norm.{hooks[side]}": np.array(value, np.float32)
+        for side, value in (("hook_point_in", 6.5), ("hook_point_out", 2.25))
+    }
+    content = {
+        "W_E": a["W_enc"],
+        "b_E": a["b_enc"],
+        "W_D": a["W_dec"],
+        "b_D": a["b_dec"],
+        "activation_function.log_jumprelu_threshold": np.log(a["threshold"]),
+        **norms,
+    }
     config, weights = _late(folder, "jumprelu", hooks, content)
     W, b, V, c, log_theta = wide(a["W_enc"], a["b_enc"], a["W_dec"], a["b_dec"], np.log(a["threshold"]))
 
@@ -170,13 +243,28 @@ def llamascopium_transcoder(tmp: Path) -> Case:
         f = p * (p * np.linalg.norm(V, axis=1) > np.exp(log_theta))
         return f / s_in, (f @ V + c) / s_out  # features in raw units
 
-    return Case(folder, "formats/llama_scope", formula, {"W_enc": a["W_enc"]}, weights, "jumprelu", "transcoder", target="mlp_out.4", unknown="blocks.4.ln2.hook_normalized", origin=config)
+    return Case(
+        folder,
+        "formats/llama_scope",
+        formula,
+        {"W_enc": a["W_enc"]},
+        weights,
+        "jumprelu",
+        "transcoder",
+        target="mlp_out.4",
+        unknown="blocks.4.ln2.hook_normalized",
+        origin=config,
+    )
 
 
 def llamascopium_topk(tmp: Path) -> Case:
     """The k largest p ‖W_D‖; norms given in the config, as an R1-Distill folder must be completed; token-wise norms have no folds."""
     a, folder = arrays(), tmp / "topk"
-    hooks = {"hook_point_in": "blocks.2.hook_mlp_out", "hook_point_out": "blocks.2.hook_mlp_out", "dataset_average_activation_norm": {"in": 3.0, "out": 3.0}}
+    hooks = {
+        "hook_point_in": "blocks.2.hook_mlp_out",
+        "hook_point_out": "blocks.2.hook_mlp_out",
+        "dataset_average_activation_norm": {"in": 3.0, "out": 3.0},
+    }
     content = {"encoder.weight": a["W_enc"].T, "encoder.bias": a["b_enc"], "decoder.weight": a["W_dec"].T, "decoder.bias": a["b_dec"]}
     config, weights = _late(folder, "topk", hooks, content)
     W, b, V, c = wide(a["W_enc"], a["b_enc"], a["W_dec"], a["b_dec"])
@@ -187,12 +275,19 @@ def llamascopium_topk(tmp: Path) -> Case:
         f = largest(p, K, np.maximum(p * n, 0))
         return f * n / s, (f @ V + c) / s
 
-    return Case(folder, "formats/llama_scope", formula, {"W_enc": a["W_enc"], "W_dec": a["W_dec"]}, weights, "topk", site="mlp_out.2", origin=config)
+    return Case(
+        folder, "formats/llama_scope", formula, {"W_enc": a["W_enc"], "W_dec": a["W_dec"]}, weights, "topk", site="mlp_out.2", origin=config
+    )
 
 
 def llamascopium_token_wise(tmp: Path) -> Case:
     a, folder = arrays(), tmp / "tokenwise"
-    hooks = {"hook_point_in": "blocks.0.hook_resid_pre", "hook_point_out": "blocks.0.hook_resid_pre", "norm_activation": "token-wise", "sparsity_include_decoder_norm": False}
+    hooks = {
+        "hook_point_in": "blocks.0.hook_resid_pre",
+        "hook_point_out": "blocks.0.hook_resid_pre",
+        "norm_activation": "token-wise",
+        "sparsity_include_decoder_norm": False,
+    }
     config, weights = _late(folder, "relu", hooks, {"W_E": a["W_enc"], "b_E": a["b_enc"], "W_D": a["W_dec"], "b_D": a["b_dec"]})
     W, b, V, c = wide(a["W_enc"], a["b_enc"], a["W_dec"], a["b_dec"])
 
@@ -201,14 +296,23 @@ def llamascopium_token_wise(tmp: Path) -> Case:
         f = np.maximum(s * x @ W + b, 0)
         return f, (f @ V + c) / s
 
-    return Case(folder, "formats/llama_scope", formula, {n: a[n] for n in ("W_enc", "b_enc", "W_dec", "b_dec")}, weights, "relu", site="resid_pre.0", origin=config)
+    return Case(
+        folder,
+        "formats/llama_scope",
+        formula,
+        {n: a[n] for n in ("W_enc", "b_enc", "W_dec", "b_dec")},
+        weights,
+        "relu",
+        site="resid_pre.0",
+        origin=config,
+    )
 
 
 def openai(tmp: Path) -> Case:
-    """TopK with layer norm; statistics beside."""
+    """TopK with layer norm; statistics beside, and k twice, as the library's `state_dict` has it."""
     a = arrays()
     content = {"pre_bias": a["b_dec"], "encoder.weight": np.ascontiguousarray(a["W_enc"].T), "latent_bias": a["b_enc"], "decoder.weight": np.ascontiguousarray(a["W_dec"].T),
-               "stats_last_nonzero": np.zeros(F, np.int64), "latents_activation_frequency": np.ones(F, np.float32), "latents_mean_square": np.zeros(F, np.float32), "activation": "TopK", "activation_state_dict": {"k": K, "postact_fn": "ReLU"}}  # fmt: skip
+               "stats_last_nonzero": np.zeros(F, np.int64), "latents_activation_frequency": np.ones(F, np.float32), "latents_mean_square": np.zeros(F, np.float32), "activation": "TopK", "activation_state_dict": {"k": K, "postact_fn": "ReLU"}, "activation.k": K, "activation.postact_fn": "ReLU"}  # fmt: skip
     path = torch_file(tmp / "gpt2-small/resid_delta_mlp_v5_32k/autoencoders/6.pt", content)
     W, b, V, c = wide(a["W_enc"], a["b_enc"], a["W_dec"], a["b_dec"])
 
@@ -219,14 +323,33 @@ def openai(tmp: Path) -> Case:
         f = largest(p, K, p)
         return f, (f @ V + c) * sd + mu
 
-    return Case(path, "formats/openai", formula, {n: a[n] for n in ("W_enc", "b_enc", "W_dec", "b_dec")}, path, "topk", site="mlp_out.6", origin={"activation": "TopK", "activation_state_dict": {"k": K, "postact_fn": "ReLU"}})
+    return Case(
+        path,
+        "formats/openai",
+        formula,
+        {n: a[n] for n in ("W_enc", "b_enc", "W_dec", "b_dec")},
+        path,
+        "topk",
+        site="mlp_out.6",
+        origin={"activation": "TopK", "activation_state_dict": {"k": K, "postact_fn": "ReLU"}},
+    )
 
 
 def openai_tied(tmp: Path) -> Case:
     """The first release: ReLU, no norm; here with tied weights."""
     a = arrays()
     encoder = np.ascontiguousarray(a["W_enc"].T)
-    path = torch_file(tmp / "somewhere/6.pt", {"pre_bias": a["b_dec"], "encoder.weight": encoder, "latent_bias": a["b_enc"], "decoder.linear.weight": encoder, "activation": "ReLU", "activation_state_dict": {}})
+    path = torch_file(
+        tmp / "somewhere/6.pt",
+        {
+            "pre_bias": a["b_dec"],
+            "encoder.weight": encoder,
+            "latent_bias": a["b_enc"],
+            "decoder.linear.weight": encoder,
+            "activation": "ReLU",
+            "activation_state_dict": {},
+        },
+    )
     W, b, c = wide(a["W_enc"], a["b_enc"], a["b_dec"])
 
     def formula(x):
@@ -238,7 +361,12 @@ def openai_tied(tmp: Path) -> Case:
 
 def goodfire(tmp: Path) -> Case:
     a = arrays()
-    content = {"encoder_linear.weight": np.ascontiguousarray(a["W_enc"].T), "encoder_linear.bias": a["b_enc"], "decoder_linear.weight": np.ascontiguousarray(a["W_dec"].T), "decoder_linear.bias": a["b_dec"]}
+    content = {
+        "encoder_linear.weight": np.ascontiguousarray(a["W_enc"].T),
+        "encoder_linear.bias": a["b_enc"],
+        "decoder_linear.weight": np.ascontiguousarray(a["W_dec"].T),
+        "decoder_linear.bias": a["b_dec"],
+    }
     path = torch_file(tmp / "Llama-3.1-8B-Instruct-SAE-l19.pth", content)
     (tmp / "config.yaml").write_text("expansion: 16\nsite: layer 19\n")
     W, b, V, c = wide(a["W_enc"], a["b_enc"], a["W_dec"], a["b_dec"])
@@ -247,13 +375,27 @@ def goodfire(tmp: Path) -> Case:
         f = np.maximum(x @ W + b, 0)
         return f, f @ V + c
 
-    return Case(tmp, "formats/goodfire", formula, {n: a[n] for n in ("W_enc", "b_enc", "W_dec", "b_dec")}, path, "relu", site="resid_post.19", origin={"expansion": 16, "site": "layer 19"})
+    return Case(
+        tmp,
+        "formats/goodfire",
+        formula,
+        {n: a[n] for n in ("W_enc", "b_enc", "W_dec", "b_dec")},
+        path,
+        "relu",
+        site="resid_post.19",
+        origin={"expansion": 16, "site": "layer 19"},
+    )
 
 
 def qwen_scope(tmp: Path) -> Case:
     """Two layers in one folder, so the file is named; k in the card and in the repository's name."""
     a, folder = arrays(), tmp / f"models--Qwen--SAE-Res-Qwen3-1.7B-Base-W32K-L0_{K}/snapshots/abc"
-    content = {"W_enc": np.ascontiguousarray(a["W_enc"].T), "b_enc": a["b_enc"], "W_dec": np.ascontiguousarray(a["W_dec"].T), "b_dec": a["b_dec"]}
+    content = {
+        "W_enc": np.ascontiguousarray(a["W_enc"].T),
+        "b_enc": a["b_enc"],
+        "W_dec": np.ascontiguousarray(a["W_dec"].T),
+        "b_dec": a["b_dec"],
+    }
     path = torch_file(folder / "layer12.sae.pt", content)
     torch_file(folder / "layer3.sae.pt", content)
     (folder / "README.md").write_text(f"# Qwen-Scope\n| Property | Value |\n|---|---|\n| Base model | Qwen3-1.7B |\n| Top-K | {K} |\n")
@@ -264,7 +406,16 @@ def qwen_scope(tmp: Path) -> Case:
         f = largest(p, K, p)
         return f, f @ V + c
 
-    return Case(path, "formats/qwen_scope", formula, {n: a[n] for n in ("W_enc", "b_enc", "W_dec", "b_dec")}, path, "topk", site="resid_post.12", origin={"file": "layer12.sae.pt"})
+    return Case(
+        path,
+        "formats/qwen_scope",
+        formula,
+        {n: a[n] for n in ("W_enc", "b_enc", "W_dec", "b_dec")},
+        path,
+        "topk",
+        site="resid_post.12",
+        origin={"file": "layer12.sae.pt"},
+    )
 
 
 def _set(folder: Path, a: dict, layers: tuple[int, ...], names: tuple[str, ...], config: dict) -> dict:
@@ -288,20 +439,48 @@ def circuit_tracer(tmp: Path) -> Case:
         f = p * (p > theta)
         return f, f @ V + c
 
-    return Case(tmp / "layer_1.safetensors", "formats/circuit_tracer", formula, {n: a[n] for n in names}, tmp / "layer_1.safetensors", "jumprelu", "transcoder", "resid_mid.1", "mlp_out.1", origin=config)
+    return Case(
+        tmp / "layer_1.safetensors",
+        "formats/circuit_tracer",
+        formula,
+        {n: a[n] for n in names},
+        tmp / "layer_1.safetensors",
+        "jumprelu",
+        "transcoder",
+        "resid_mid.1",
+        "mlp_out.1",
+        origin=config,
+    )
 
 
 def circuit_tracer_skip(tmp: Path) -> Case:
     """A ReLU layer with a skip path, listed by name; an input hook that no module holds."""
     a, names = arrays(), ("W_enc", "W_dec", "b_enc", "b_dec", "W_skip")
-    config = _set(tmp, a, (0,), names, {"feature_input_hook": "ln2.hook_normalized", "feature_output_hook": "mlp.hook_out", "transcoders": ["layer_0.safetensors"]})
+    config = _set(
+        tmp,
+        a,
+        (0,),
+        names,
+        {"feature_input_hook": "ln2.hook_normalized", "feature_output_hook": "mlp.hook_out", "transcoders": ["layer_0.safetensors"]},
+    )
     W, b, V, c, S = wide(*(a[n] for n in ("W_enc", "b_enc", "W_dec", "b_dec", "W_skip")))
 
     def formula(x):
         f = np.maximum(x @ W + b, 0)
         return f, f @ V + c + x @ S.T
 
-    return Case(tmp, "formats/circuit_tracer", formula, {n: a[n] for n in names}, tmp / "layer_0.safetensors", "relu", "skip_transcoder", target="mlp_out.0", unknown="blocks.0.ln2.hook_normalized", origin=config)
+    return Case(
+        tmp,
+        "formats/circuit_tracer",
+        formula,
+        {n: a[n] for n in names},
+        tmp / "layer_0.safetensors",
+        "relu",
+        "skip_transcoder",
+        target="mlp_out.0",
+        unknown="blocks.0.ln2.hook_normalized",
+        origin=config,
+    )
 
 
 LAYOUTS = {build.__name__: build for build in (gemma_scope, gemma_scope_compressed_transcoder, gemma_scope_2, gemma_scope_2_skip_transcoder, llama_scope, llamascopium_transcoder, llamascopium_topk,
@@ -326,7 +505,13 @@ def case(request, layout) -> Case:
     return layout(request.param)
 
 
-@pytest.fixture(params=[name for name in LAYOUTS if "_" not in name or name in ("gemma_scope", "gemma_scope_2", "llama_scope", "qwen_scope", "circuit_tracer")])
+@pytest.fixture(
+    params=[
+        name
+        for name in LAYOUTS
+        if "_" not in name or name in ("gemma_scope", "gemma_scope_2", "llama_scope", "qwen_scope", "circuit_tracer")
+    ]
+)
 def plain_case(request, layout) -> Case:
     """One layout an exporter."""
     return layout(request.param)

@@ -76,6 +76,48 @@ def test_a_certificate_says_by_equation_or_by_whom(plain_case, tmp_path):
     assert "does not write it" in str(refused.value)
 
 
+@pytest.mark.parametrize("name", ["qwen_scope", "circuit_tracer", "gemma_scope"])
+def test_hub_ids_of_files_and_folders(layout, tmp_path, monkeypatch, name):
+    """As huggingface_hub keeps a repository: links into a store of blobs. One file of several is fetched with the texts beside it."""
+    import huggingface_hub
+
+    case, commit = layout(name), "0123456789abcdef0123456789abcdef01234567"
+    repository = "Qwen/SAE-Res-Qwen3-1.7B-Base-W32K-L0_5" if name == "qwen_scope" else "org/gemma-scope-2b-pt-mlp"
+    folder = "layer_7/width_16k/average_l0_71/" if name == "gemma_scope" else ""
+    home = tmp_path / "hub" / f"models--{repository.replace('/', '--')}"
+    for number, file in enumerate(sorted((case.path if case.path.is_dir() else case.path.parent).iterdir())):
+        link = home / "snapshots" / commit / folder / file.name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        (home / "blobs").mkdir(exist_ok=True)
+        file.rename(home / "blobs" / str(number))
+        link.symlink_to(home / "blobs" / str(number))
+    (home / "refs").mkdir()
+    (home / "refs/main").write_text(commit)
+    asked, real = {}, huggingface_hub.snapshot_download
+    monkeypatch.setattr(
+        huggingface_hub,
+        "snapshot_download",
+        lambda *a, **k: asked.update(k) or real(*a, **k, cache_dir=tmp_path / "hub", local_files_only=True),
+    )
+    text = f"hf://{repository}/{folder.rstrip('/') if case.path.is_dir() else case.path.name}"
+    sae = saehub.load(text)
+    assert (
+        sae.config.architecture == case.architecture and sae.provenance["hub"]["commit"] == commit and sae.provenance["site"] == case.site
+    )
+    assert {"README.md", "config.yaml", case.path.name} <= set(asked["allow_patterns"]) or case.path.is_dir()
+
+
+def test_folds_are_named(layout, tmp_path):
+    """Dataset norms are folded on reading, and the certificate says so."""
+    from saehub.checkpoint.convert import convert
+
+    case = layout("llama_scope")
+    folds = codec(case.address)[1].folds(case.path)
+    assert any(line.startswith("b_enc times 3.1") for line in folds) and any("jump_relu_threshold" in line for line in folds)
+    assert codec(case.address)[1].read(case.path).provenance["origin"]["folded"] == folds
+    assert convert(case.path, tmp_path / "out", "saelens", verify=False).outcome == "unverified"
+
+
 def test_a_folder_with_several_names_them(layout):
     for name in ("qwen_scope", "circuit_tracer"):
         case = layout(name)

@@ -35,7 +35,11 @@ def toy(architecture: str, fields: dict, dtype: str = "float32", **about) -> SAE
 
 def same(a: SAE, b: SAE) -> bool:
     ours, theirs = a.tensors(), b.tensors()
-    return a.config == b.config and ours.keys() == theirs.keys() and all(ours[n].dtype == theirs[n].dtype and torch.equal(ours[n], theirs[n]) for n in ours)
+    return (
+        a.config == b.config
+        and ours.keys() == theirs.keys()
+        and all(ours[n].dtype == theirs[n].dtype and torch.equal(ours[n], theirs[n]) for n in ours)
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
@@ -121,7 +125,14 @@ def test_the_files_are_the_publishers(tmp_path):
     skip = toy("jumprelu", SKIP)
     codec("circuit_tracer")[1].write(skip, tmp_path / "c")
     layer = load_file(tmp_path / "c/layer_3.safetensors")
-    assert {n: tuple(t.shape) for n, t in layer.items()} == {"W_enc": (48, 16), "W_dec": (48, 16), "b_enc": (48,), "b_dec": (16,), "W_skip": (16, 16), "activation_function.threshold": (48,)}
+    assert {n: tuple(t.shape) for n, t in layer.items()} == {
+        "W_enc": (48, 16),
+        "W_dec": (48, 16),
+        "b_enc": (48,),
+        "b_dec": (16,),
+        "W_skip": (16, 16),
+        "activation_function.threshold": (48,),
+    }
     assert torch.equal(layer["W_enc"].T, skip.W_enc)
     assert yaml.safe_load((tmp_path / "c/config.yaml").read_text()) == {
         "model_name": "org/model", "model_kind": "transcoder_set", "feature_input_hook": "mlp.hook_in", "feature_output_hook": "hook_mlp_out", "scan": None}  # fmt: skip
@@ -151,7 +162,13 @@ def test_the_side_channel_never_overrules_the_arrays(tmp_path, name):
     side = next(tmp_path.glob("*.saehub.json"))
     assert instance.read(tmp_path).config.architecture == "batchtopk"
     said = json.loads(side.read_text())
-    for text in ("{", "[]", '{"saehub": 3}', json.dumps({"saehub": said["saehub"] | {"config": said["saehub"]["config"] | {"d_sae": 47}}}), json.dumps({"saehub": said["saehub"] | {"dtypes": {"W_enc": "float16"}}})):
+    for text in (
+        "{",
+        "[]",
+        '{"saehub": 3}',
+        json.dumps({"saehub": said["saehub"] | {"config": said["saehub"]["config"] | {"d_sae": 47}}}),
+        json.dumps({"saehub": said["saehub"] | {"dtypes": {"W_enc": "float16"}}}),
+    ):
         side.write_text(text)
         assert instance.read(tmp_path).config.architecture == "jumprelu", text
     side.unlink()
@@ -169,7 +186,9 @@ def test_negative_thresholds_become_zero_for_circuit_tracer(tmp_path):
     assert torch.equal(again.encode(rows_for(sae)), sae.encode(rows_for(sae)))
 
 
-@pytest.mark.parametrize(("src", "dst"), [("gemma_scope", "circuit_tracer"), ("circuit_tracer", "gemma_scope"), ("circuit_tracer", "saehub")])
+@pytest.mark.parametrize(
+    ("src", "dst"), [("gemma_scope", "circuit_tracer"), ("circuit_tracer", "gemma_scope"), ("circuit_tracer", "saehub")]
+)
 def test_certificates_between_the_two(tmp_path, src, dst):
     from saehub.checkpoint.certificate import BY_EQUATION, BY_LIBRARY
     from saehub.checkpoint.convert import convert
