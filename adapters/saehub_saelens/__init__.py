@@ -17,6 +17,6 @@ def saehub_exporters() -> list[Component]:
             requires=("sae_lens",),
             extra="saelens",
             env=OFFLINE,
-            summary="SAELens 6 inference checkpoints: standard, gated, topk, abstopk, jumprelu, matching_pursuit and transcoders",
+            summary="SAELens checkpoints: every inference architecture, and training folders of any (read as the SAE that they become)",
         )
     ]

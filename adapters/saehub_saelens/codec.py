@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saehub.errors import CheckFailed, FormatError
+from saehub_saelens import training
 from saehub_saelens.mapping import Foreign, Unsayable, from_saelens, to_saelens
 
 if TYPE_CHECKING:
@@ -37,23 +38,36 @@ class SAELensFormat:
             return False
 
     def read(self, path: Path) -> SAE:
-        """The SAE, its tensors bit-exact as stored; FormatError for damage, and for what saehub cannot express, with the reason."""
+        """The SAE, its tensors bit-exact as stored (a training checkpoint's with its activation scaler folded in, see `folds`); FormatError
+        for damage, and for what saehub cannot express, with the reason. A trainer_state.pt is never opened."""
         from saehub.checkpoint.format import read_tensors
 
         path = Path(path)
         config = _read_config(path / CONFIG)
         tensors = read_tensors(path / WEIGHTS)
         for name, tensor in tensors.items():
-            bad = tensor.isnan() if name == "threshold" else ~tensor.isfinite()
+            bad = tensor.isnan() if name in ("threshold", "log_threshold") else ~tensor.isfinite()
             if tensor.is_floating_point() and bool(bad.any()):
                 raise FormatError(
                     f"{path / WEIGHTS}: {name} holds {int(bad.sum())} values that are NaN or infinite",
                     fix="restore the folder from where it came",
                 )
         try:
-            return from_saelens(Foreign(config, tensors))
+            return from_saelens(Foreign(config, tensors, _scaler(path, config, tensors)))
         except FormatError as error:
             raise FormatError(f"{path}: {error.what}", where=error.where, why=error.why, fix=error.fix) from error
+
+    def folds(self, path: Path) -> list[str]:
+        """What `read` folds into the tensors of this folder: nothing, unless it is a training checkpoint."""
+        from safetensors import safe_open
+        from saehub_saelens.legacy import upgrade
+
+        path = Path(path)
+        config = _read_config(path / CONFIG)
+        with safe_open(path / WEIGHTS, framework="pt") as stream:
+            names = set(stream.keys())
+        scaler = _scaler(path, config, names)
+        return training.folds(upgrade(config), scaler, names) if scaler is not None else []
 
     def refusal(self, sae: SAE) -> str | None:
         """Why SAELens cannot say this SAE, or None if it can."""
@@ -83,6 +97,13 @@ class SAELensFormat:
         from saehub_saelens.library import run
 
         return run(Path(path), x_ND)
+
+
+def _scaler(path: Path, config: dict[str, Any], names: Container[str]) -> training.Scaler | None:
+    """For a training checkpoint, what its trainer did to the activations; else None."""
+    if not (training.is_training(path, config) or "log_threshold" in names):
+        return None
+    return training.read_scaler(path, config)
 
 
 def _read_config(file: Path) -> dict[str, Any]:

@@ -2,25 +2,55 @@
 
 from __future__ import annotations
 
+import tempfile
 import warnings
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
+
+from saehub.jsonio import read_json
+from saehub_saelens.training import SCALER, is_training
 
 CHUNK_ROWS = 1024
 
 
 def load(path: Path):
     """`SAE.load_from_disk` in float32 on the CPU. Rows are given flat, so the reshaping of attention heads is switched off."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), tempfile.TemporaryDirectory() as scratch:
         warnings.simplefilter("ignore")  # about models and hooks that are not used here
         from sae_lens import SAE
 
+        if _is_training(path):
+            _to_inference(path, Path(scratch))
+            path = Path(scratch)
         sae = SAE.load_from_disk(path, device="cpu", dtype="float32")
     if sae.cfg.reshape_activations != "none":
         sae.turn_off_forward_pass_hook_z_reshaping()
     return sae.eval()
+
+
+def _is_training(path: Path) -> bool:
+    with safe_open(path / "sae_weights.safetensors", framework="pt") as stream:
+        old = "log_threshold" in stream.keys()  # noqa: SIM118
+    return old or is_training(path, read_json(path / "cfg.json"))
+
+
+def _to_inference(path: Path, into: Path) -> None:
+    """A training checkpoint as SAELens itself makes an inference folder of it at the end of training: scale or whitening folded, then saved."""
+    from sae_lens import TrainingSAE
+    from sae_lens.training.activation_scaler import ActivationScaler
+
+    sae, scaler = TrainingSAE.load_from_disk(path, device="cpu", dtype="float32"), ActivationScaler()
+    if (path / SCALER).is_file():
+        scaler.load(path / SCALER)
+    if scaler.scaling_factor is not None:
+        sae.fold_activation_norm_scaling_factor(scaler.scaling_factor)
+    if scaler.whitening is not None:
+        w = scaler.whitening
+        sae.fold_activation_whitening(mean=w.mean, whitening_matrix=w.matrix, unwhitening_matrix=w.inverse_matrix)
+    sae.save_inference_model(into)
 
 
 def run(path: Path, x_ND: Tensor) -> tuple[Tensor, Tensor]:

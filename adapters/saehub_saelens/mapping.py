@@ -7,6 +7,8 @@
 | jumprelu, jumprelu_transcoder, jumprelu_skip_transcoder | jumprelu of that kind | also batchtopk, matryoshka: their θ for every latent |
 | gated, matching_pursuit | the same | |
 
+Training checkpoints (batchtopk and matryoshka among them) are first brought into these words by `training`; they are never written.
+
 `metadata.saehub` is the side channel: SAELens keeps it through load and save. It is believed only if what it describes gives exactly the
 config and tensors that stand in the folder.
 """
@@ -20,12 +22,14 @@ from typing import TYPE_CHECKING, Any
 from saehub.checkpoint.config import SAEConfig
 from saehub.checkpoint.sae import SAE
 from saehub.errors import FormatError, did_you_mean
-from saehub_saelens import legacy, names
+from saehub_saelens import legacy, names, training
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 FORMAT = "saelens"
+TRAINING_FORMAT = "saelens training checkpoint"
+"""`origin.format` of an SAE read from one: written again it becomes an inference folder, so its config is kept but not put back."""
 VERSION = "6.54.12"
 """`metadata.sae_lens_version` of what is written: below 6 the library throws the metadata away."""
 SIDE_CHANNEL = "saehub"
@@ -46,7 +50,6 @@ READABLE = {
 WRITABLE = {ours: theirs for theirs, ours in READABLE.items()}
 THRESHOLDED = ("batchtopk", "matryoshka")
 """Written as jumprelu with one threshold for all latents."""
-TRAINING_ONLY = ("batchtopk", "matryoshka_batchtopk")
 NORMS = {"none": "none", "constant_norm_rescale": "constant_norm_rescale", "layer_norm": "layer_norm", "expected_average_only_in": "none"}
 """`expected_average_only_in` does nothing inside a SAELens SAE: its scale belongs to the trainer, which folds it before saving."""
 
@@ -63,6 +66,8 @@ class Foreign:
     """cfg.json."""
     tensors: dict[str, Tensor]
     """sae_weights.safetensors."""
+    scaler: training.Scaler | None = None
+    """Set for a training checkpoint: what its trainer did to the activations."""
     folded: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
     side_channel: list[str] = field(default_factory=list)
@@ -79,22 +84,21 @@ def from_saelens(foreign: Foreign) -> SAE:
 def _read_plainly(foreign: Foreign) -> SAE:
     config = legacy.upgrade(foreign.config)
     origin: dict[str, Any] = {"format": FORMAT, "config": copy.deepcopy(foreign.config)}
-    tensors = dict(foreign.tensors)
+    tensors, known = dict(foreign.tensors), READABLE
     unit_scaling = legacy.drop_unit_scaling(tensors)
     if unit_scaling:
         origin["unit_scaling_factor"] = unit_scaling
+    if foreign.scaler is not None:
+        known = READABLE | training.ARCHITECTURES
+        origin |= {"format": TRAINING_FORMAT, "activation_scaler": foreign.scaler.to_json()}
+        origin["folded"] = training.folds(config, foreign.scaler, set(tensors))
+        config, tensors = training.prepare(config, tensors, foreign.scaler)
     word = config.get("architecture")
-    if word in TRAINING_ONLY:
+    if word not in known:
         raise FormatError(
-            f"a SAELens training checkpoint of architecture {word!r}",
-            why="it holds unfolded training tensors; SAELens itself loads it for training only",
-            fix="save_inference_model in SAELens, and give that folder",
+            f"SAELens architecture {word!r} cannot be read{did_you_mean(str(word), known)}", why=f"readable: {', '.join(known)}"
         )
-    if word not in READABLE:
-        raise FormatError(
-            f"SAELens architecture {word!r} cannot be read{did_you_mean(str(word), READABLE)}", why=f"readable: {', '.join(READABLE)}"
-        )
-    architecture, kind = READABLE[word]
+    architecture, kind = known[word]
     norm = config.get("normalize_activations") or "none"
     if norm not in NORMS:
         raise FormatError(
@@ -113,7 +117,7 @@ def _read_plainly(foreign: Foreign) -> SAE:
         norm_out=norm if kind == "autoencoder" else "none",
         # transcoders have no such step, whatever their config says
         subtract_b_dec=bool(config.get("apply_b_dec_to_input", True)) and kind == "autoencoder",
-        decoder_norm_scaling=bool(config.get("rescale_acts_by_decoder_norm", False)) and architecture in ("topk", "abstopk"),
+        decoder_norm_scaling=bool(config.get("rescale_acts_by_decoder_norm", False)) and word in training.RESCALED,
     )
     return SAE.build(mapped, tensors, {**names.provenance(config.get("metadata") or {}), "origin": origin})
 
@@ -126,7 +130,7 @@ def _size(config: dict[str, Any], key: str) -> int:
 
 
 def _params(config: dict[str, Any], architecture: str) -> dict[str, Any]:
-    if architecture in ("topk", "abstopk"):
+    if architecture in ("topk", "abstopk", *THRESHOLDED):
         return {"k": config.get("k", 100)}  # SAELens' own default
     if architecture == "matching_pursuit":
         return {

@@ -92,6 +92,8 @@ def convert(
             _add_probe(source, target, model)
         certificate.target = target.about(dst)
         _note_tensors(certificate, source.sae, target.sae, notes)
+        folds = getattr(source.codec, "folds", lambda path: [])(source.path)  # what reading had to fold, as from a training checkpoint
+        certificate.folded = [*(f"on reading: {fold}" for fold in folds), *certificate.folded]
         if verify:
             _certify(certificate, source, target, model, seed, invoke)
         else:

@@ -24,7 +24,7 @@ K = {"k": 6}
 CASES = {
     "standard": ("relu", {"l1_coefficient": 0.1}), "gated": ("gated", {"l1_coefficient": 0.1}), "topk": ("topk", K), "abstopk": ("abstopk", K),
     "batchtopk": ("batchtopk", {"k": 5.5}), "matryoshka_batchtopk": ("matryoshka", {"k": 6, "matryoshka_widths": [8, 20]}),
-    "jumprelu": ("jumprelu", {"l0_coefficient": 0.05, "jumprelu_init_threshold": 0.3}),
+    "jumprelu": ("jumprelu", {"l0_coefficient": 0.05, "jumprelu_init_threshold": 0.1}),
     "matching_pursuit": ("matching_pursuit", {"max_iterations": 4, "residual_threshold": 0.3, "decoder_init_norm": 1.0}),
 }  # fmt: skip
 SETTINGS = [
