@@ -41,7 +41,8 @@ def save_state(folder: Path, state: State) -> Path:
     final = folder / f"step-{state.step:010d}"
     scratch = folder / f".{final.name}.{os.getpid()}"
     with disk_errors(folder):
-        shutil.rmtree(scratch, ignore_errors=True)
+        for wreck in folder.glob(".step-*"):  # left by a kill
+            shutil.rmtree(wreck, ignore_errors=True)
         scratch.mkdir(parents=True)
         tensors = {f"state/{name}": tensor for name, tensor in state.tensors.items()} | {f"carry/{name}": t for name, t in state.carry.items()}
         file = scratch / "state.safetensors"

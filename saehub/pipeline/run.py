@@ -10,13 +10,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from saehub.api import Measurement
 from saehub.errors import Interrupted, SaehubError, StageFailed
-from saehub.jsonio import write_json_atomic, write_text_atomic
+from saehub.jsonio import hash_json, write_json_atomic, write_text_atomic
 from saehub.pipeline.context import Context, stage_error
 from saehub.pipeline.evaluate import evaluate_stages, read_measurements
 from saehub.pipeline.events import EventLog, Events, Listener
@@ -66,7 +67,7 @@ def run(plan: Plan, listeners: Iterable[Listener] = (), *, recipe_text: str | No
     events.add(log)
     context = Context(plan, events)
     try:
-        with _signals(context), plan.store.lock("run" + plan.run_dir.name, lambda: events("log", None, text="another process runs this recipe; waiting")):
+        with _signals(context), plan.store.lock(hash_json(str(plan.run_dir)), lambda: events("log", None, text="another process runs this recipe; waiting")):
             events("run_started", None, recipe=plan.recipe.name, run_dir=str(plan.run_dir), stages=[stage.id for stage in plan.stages])
             for text in plan.warnings:
                 events("warning", None, text=text)
@@ -159,8 +160,9 @@ def _walk(context: Context) -> list[SaehubError]:
         if context.stop.is_set():
             raise Interrupted("stopped; finished stages are kept", fix="the same command goes on from here")
         try:
-            with _disk(plan):
-                EXECUTORS[pending[0].kind](context, pending)
+            with _disk(plan), _locked(context, pending) as still:
+                if still:
+                    EXECUTORS[pending[0].kind](context, still)
         except (Interrupted, KeyboardInterrupt):
             raise
         except SaehubError as error:
@@ -178,6 +180,20 @@ def _walk(context: Context) -> list[SaehubError]:
                 if stage.kind != "train":  # training told its own failures, job by job
                     context.events("stage_failed", stage.id, error=errors[-1].to_json() if errors else {"what": "not finished"})
     return errors
+
+
+@contextmanager
+def _locked(context: Context, stages: list[Stage]) -> Iterator[list[Stage]]:
+    """Hold the stages' locks; yields those that no other process has finished while this one waited."""
+    store = context.plan.store
+    with ExitStack() as locks:
+        for stage in sorted(stages, key=lambda stage: stage.key):  # one order for all processes: no deadlock
+            locks.enter_context(store.lock(stage.key, partial(context.events, "log", stage.id, text="another process works on this; waiting")))
+        still = [stage for stage in stages if not store.complete(stage.kind, stage.key)]
+        for stage in stages:
+            if stage not in still:
+                _cached(context, stage)
+        yield still
 
 
 @contextmanager
@@ -280,10 +296,7 @@ def _load(context: Context, stages: list[Stage]) -> None:
 def _train(context: Context, stages: list[Stage]) -> None:
     from saehub.pipeline.train import run_pass
 
-    with ExitStack() as locks:
-        for stage in sorted(stages, key=lambda stage: stage.key):  # one order for all processes: no deadlock
-            locks.enter_context(context.plan.store.lock(stage.key, lambda: context.events("log", stage.id, text="another process trains this; waiting")))
-        run_pass(context, [stage for stage in stages if not context.plan.store.complete(stage.kind, stage.key)])
+    run_pass(context, stages)
 
 
 def _export(context: Context, stages: list[Stage]) -> None:

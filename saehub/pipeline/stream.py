@@ -126,8 +126,10 @@ class HubStream:
             rows = self.blocks.calibration(self.context.plan.recipe.extract.calibration)
             for name in self.sites:
                 own = keys.stage_key("calibration", stream=self.identity, site=name)
-                with store.create("calibration", own, {"schema": 1, "site": name}) as folder:
-                    save_file({"rows": rows[name].contiguous()}, folder / "calibration.safetensors")
+                with store.lock(own):
+                    if not store.complete("calibration", own):
+                        with store.create("calibration", own, {"schema": 1, "site": name}) as folder:
+                            save_file({"rows": rows[name].contiguous()}, folder / "calibration.safetensors")
         return load_file(store.path("calibration", key) / "calibration.safetensors")["rows"]
 
     def scale(self, site: str, normalize: str) -> float:

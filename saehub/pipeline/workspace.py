@@ -73,7 +73,8 @@ class Store:
         """A scratch folder that becomes the result, manifest last, when the block ends without an error; removed otherwise."""
         final = self.path(kind, key)
         scratch = final.with_name(f".{final.name}.{os.getpid()}")
-        shutil.rmtree(scratch, ignore_errors=True)
+        for wreck in final.parent.glob(f".{final.name}.*"):  # left by a kill: whoever makes a key holds its lock
+            shutil.rmtree(wreck, ignore_errors=True)
         _make(scratch)
         try:
             with disk_errors(scratch):
