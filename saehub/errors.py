@@ -78,6 +78,10 @@ class Interrupted(SaehubError):
     exit_code = 130
 
 
+class Caution(UserWarning):
+    """Something about a file that was read which its user should know (issued by `warnings.warn`; the command line prints it as one line)."""
+
+
 ERRORS = {kind.__name__: kind for kind in (SaehubError, CheckFailed, UsageError, MissingDependency, StageFailed, FormatError, NeedsInput, Interrupted)}
 
 

@@ -36,7 +36,7 @@ from saehub.checkpoint.foreign import (
     whole_number,
 )
 from saehub.checkpoint.sae import SAE
-from saehub.errors import FormatError, did_you_mean
+from saehub.errors import Caution, FormatError, did_you_mean
 from saehub.jsonio import sha256_tensor
 from saehub_dictionary_learning import names
 
@@ -184,7 +184,7 @@ def from_dictionary_learning(config: dict[str, Any], found: Mapping[str, Any], f
     if restored is not None:
         return restored
     for words in cautions:
-        warnings.warn(f"{file}: {words}", stacklevel=3)
+        warnings.warn(f"{file}: {words}", Caution, stacklevel=3)
     if cautions:
         plain.provenance["cautions"] = cautions
     return plain
@@ -213,6 +213,7 @@ def _read(config: dict[str, Any], content: Stored) -> tuple[SAE, list[str]]:
         cautions.append(f"a backup in the middle of training (step {content.step})")
     if content.norm_factor is not None:
         sae = sae.scale_input(1 / content.norm_factor)
+        origin["folded"] = [f"norm_factor {content.norm_factor} into biases and thresholds"]
         cautions.append(f"it was saved for rows divided by {content.norm_factor}: biases and thresholds were multiplied by that")
     if "threshold" in origin["buffers"]:
         origin["biases"] = _biases(sae)

@@ -33,7 +33,7 @@ from saehub.checkpoint.foreign import (
     whole_number,
 )
 from saehub.checkpoint.sae import SAE
-from saehub.errors import FormatError, did_you_mean
+from saehub.errors import Caution, FormatError, did_you_mean
 from saehub_sparsify import names
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def from_sparsify(foreign: Foreign, folder: Path | None = None) -> SAE:
     if restored is not None:
         return restored
     for words in cautions:
-        warnings.warn(f"{folder}: {words}", stacklevel=3)
+        warnings.warn(f"{folder}: {words}", Caution, stacklevel=3)
     if cautions:
         plain.provenance["cautions"] = cautions
     return plain
@@ -98,6 +98,7 @@ def _read(foreign: Foreign, where: names.Place) -> tuple[SAE, list[str]]:
     if kind != "autoencoder" and not config.get("transcode", False):  # the encoder subtracts b_dec all the same
         origin["tensors"] = {"b_enc": to_plain(inner.tensors["b_enc"])}
         fold_b_dec(inner, subtract=False)
+        origin["folded"] = inner.folded
         cautions.append("its encoder subtracts b_dec, which no transcoder of today does: b_dec W_enc was folded into b_enc")
     if signed:
         cautions.append("signed: true is read by the equation of 2024 (abstopk); today's sparsify ignores the word and computes topk")

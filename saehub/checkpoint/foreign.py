@@ -108,6 +108,17 @@ def whole_number(config: Mapping[str, Any], key: str, where: str, default: int |
     return value
 
 
+def folds_of(codec: Any, path: Path, config: Mapping[str, Any]) -> list[str]:
+    """What a codec's `read` folds in this folder, of which `config` is the config: `origin.folded`, if that origin is this folder."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they were issued when the folder was read
+        origin = codec.read(path).provenance.get("origin")
+    here = isinstance(origin, dict) and origin.get("config") == config  # else the side channel spoke, of where the SAE once came from
+    return list(origin.get("folded") or []) if here else []
+
+
 # ---------------------------------------------------------------------- folding
 def fold_decoder_norms(foreign: Foreign) -> None:
     """decoder_norm_scaling into the weights, with n_i = ‖W_dec_i‖:  W_enc n, b_enc n, W_dec / n.

@@ -12,6 +12,8 @@ from saehub.cli.lazy import SETTINGS
 from saehub.cli.options import json_option, not_yet
 from saehub.cli.talk import clean, out, out_json, plain, say, style
 
+LONGEST = 1000
+"""Characters of one value that are printed: a checkpoint may carry a tensor as text."""
 MODEL = click.option("--model", metavar="MODEL", help="builtin/tiny-llama, a Hugging Face id or a local folder.")
 
 
@@ -125,4 +127,7 @@ def words(value: Any) -> str:
             for name, item in value.items()
             if item not in (None, {}, [])
         )
-    return ", ".join(map(words, value)) if isinstance(value, list) else str(value)
+    if isinstance(value, list):
+        return ", ".join(map(words, value))
+    text = str(value)
+    return text if len(text) <= LONGEST else f"{text[:60]}… ({len(text)} characters; --json has all)"

@@ -13,7 +13,7 @@ import click
 from saehub import __version__
 from saehub.cli import failure
 from saehub.cli.lazy import LazyGroup
-from saehub.cli.talk import State
+from saehub.cli.talk import State, clean, say, style
 
 COMMANDS = {
     "recipe": ("saehub.cli.recipe:recipe", "List, copy, check, plan and run recipes."),
@@ -79,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal that cannot write "±" gets "?", not a crash
             stream.reconfigure(errors="replace")
+    _print_cautions_plainly()
     code = run(argv)
     try:
         sys.stdout.flush()
@@ -86,6 +87,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = code or failure.READER_GONE
     sys.exit(code)
+
+
+def _print_cautions_plainly() -> None:
+    """saehub's own warnings as one line, without the source line that issued them; others as ever."""
+    import warnings
+
+    from saehub.errors import Caution
+
+    others = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if issubclass(category, Caution):
+            say(style("caution", fg="yellow") + f": {clean(message)}")
+        else:
+            others(message, category, *where, **more)
+
+    warnings.showwarning = show
 
 
 def run(argv: Sequence[str] | None = None) -> int:

@@ -239,8 +239,10 @@ def test_a_backup_of_the_git_version_is_put_into_raw_units(rows, tmp_path):
         assert torch.allclose(sae.encode(rows, dtype=torch.float64), 12.5 * f, atol=1e-5) and torch.allclose(
             sae(rows, dtype=torch.float64), 12.5 * y, atol=1e-5
         )
+        assert ANY.folds(folder) == ["norm_factor 12.5 into biases and thresholds"]
         assert sae.provenance["origin"]["backup"] == {"step": 500, "norm_factor": 12.5}
         ANY.write(sae, tmp_path / f"{dict_class} back")
+        assert ANY.folds(tmp_path / f"{dict_class} back") == []
         assert stored(tmp_path / f"{dict_class} back").keys() == STATES[dict_class].keys() and same(
             ANY.read(tmp_path / f"{dict_class} back"), sae
         )

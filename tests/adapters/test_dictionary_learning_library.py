@@ -43,8 +43,8 @@ def made(tmp_path_factory, toy) -> Path:
     folder = tmp_path_factory.mktemp("dictionary_learning")
     save_file({"x": 3 * torch.randn(96, 16, generator=torch.Generator().manual_seed(99))}, folder / "rows.safetensors")
     for name, (architecture, config) in OURS.items():
-        for dtype in DTYPES:
-            DictionaryLearningFormat().write(toy(architecture, dtype=DTYPES[dtype], **config), folder / "ours" / f"{name} {dtype}")
+        for word, dtype in DTYPES.items():
+            DictionaryLearningFormat().write(toy(architecture, dtype=dtype, **config), folder / "ours" / f"{name} {word}")
     script = Path(__file__).with_name("dictionary_learning_writes.py")
     done = subprocess.run([sys.executable, str(script), str(folder)], capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -217,6 +217,22 @@ def test_old_files_come_with_a_caution(tmp_path, config, words):
         assert "cautions" not in SparsifyFormat().read(written(tmp_path / "new", TODAY, theirs())).provenance
 
 
+def test_what_reading_folds_is_named(toy, tmp_path):
+    """For the certificate; not for a folder that only remembers a fold from before."""
+    folder = written(tmp_path / "old", FOREIGN["2024-12 with a skip path"], theirs(skip=True))
+    assert SparsifyFormat().folds(folder) == ["b_dec W_enc into b_enc (the encoder does not subtract b_dec there)"]
+    changed = read(folder).scale_input(0.5)
+    SparsifyFormat().write(changed, tmp_path / "changed")
+    assert SparsifyFormat().folds(tmp_path / "changed") == [] and same(SparsifyFormat().read(tmp_path / "changed"), changed)
+    assert SparsifyFormat().folds(written(tmp_path / "new", TODAY, theirs())) == []
+
+
+def test_the_command_line_says_cautions_in_one_line(tmp_path):
+    folder = written(tmp_path / "old", FOREIGN["signed"], theirs())
+    done = subprocess.run([sys.executable, "-m", "saehub.cli.main", "inspect", str(folder)], capture_output=True, text=True, check=True)
+    assert "caution: " in done.stderr and "read by the equation of 2024" in done.stderr and "Warning" not in done.stderr
+
+
 def test_defaults_are_the_librarys(tmp_path):
     """cfg.json needs d_in only: k 32 and expansion 32 otherwise."""
     draw = torch.Generator().manual_seed(0)
