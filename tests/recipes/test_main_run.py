@@ -16,7 +16,6 @@ def found(tmp_path_factory) -> dict:
     """What `main_run.py` measured, in a process of its own (dictionary_learning imports nnsight, which changes torch)."""
     folder = tmp_path_factory.mktemp("main")
     environment = {**os.environ, "SAEHUB_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
-    environment.pop("OMP_NUM_THREADS", None)
     command = [sys.executable, str(BENCHMARK), "--lrs", "1,4", "--json", str(folder / "found.json")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-4000:]
