@@ -54,7 +54,8 @@ def _to_inference(path: Path, into: Path) -> None:
 
 
 def run(path: Path, x_ND: Tensor) -> tuple[Tensor, Tensor]:
-    """Features [n, d_sae] and reconstruction [n, d_out], the latter by `forward`: `decode` leaves a skip path out."""
+    """Features [n, d_sae] and reconstruction [n, d_out], the latter by `forward`: `decode` leaves a skip path and a temporal SAE's
+    prediction out. A temporal SAE takes sequences [S, T, d_in] and gives [S, T, …]."""
     sae = load(path)
     features, reconstructions = [], []
     with torch.no_grad():

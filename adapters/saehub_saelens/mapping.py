@@ -6,6 +6,7 @@
 | topk, abstopk | topk, abstopk | rescale_acts_by_decoder_norm = decoder_norm_scaling |
 | jumprelu, jumprelu_transcoder, jumprelu_skip_transcoder | jumprelu of that kind | also batchtopk, matryoshka: their θ for every latent |
 | gated, matching_pursuit | the same | |
+| temporal | temporal | constant_scalar_rescale = input_scale |
 
 Training checkpoints (batchtopk and matryoshka among them) are first brought into these words by `training`; they are never written.
 
@@ -42,6 +43,7 @@ READABLE = {
     "abstopk": ("abstopk", "autoencoder"),
     "jumprelu": ("jumprelu", "autoencoder"),
     "matching_pursuit": ("matching_pursuit", "autoencoder"),
+    "temporal": ("temporal", "autoencoder"),
     "transcoder": ("relu", "transcoder"),
     "skip_transcoder": ("relu", "skip_transcoder"),
     "jumprelu_transcoder": ("jumprelu", "transcoder"),
@@ -100,6 +102,9 @@ def _read_plainly(foreign: Foreign) -> SAE:
         )
     architecture, kind = known[word]
     norm = config.get("normalize_activations") or "none"
+    params = _params(config, architecture, norm)
+    if architecture == "temporal" and norm == "constant_scalar_rescale":
+        norm = "none"
     if norm not in NORMS:
         raise FormatError(
             f"normalize_activations {norm!r} cannot be read",
@@ -111,7 +116,7 @@ def _read_plainly(foreign: Foreign) -> SAE:
         d_in=_size(config, "d_in"),
         d_sae=_size(config, "d_sae"),
         d_out=_size(config, "d_out") if "transcoder" in word else 0,
-        params=_params(config, architecture),
+        params=params,
         kind=kind,
         norm_in=norm,
         norm_out=norm if kind == "autoencoder" else "none",
@@ -129,7 +134,17 @@ def _size(config: dict[str, Any], key: str) -> int:
     return value
 
 
-def _params(config: dict[str, Any], architecture: str) -> dict[str, Any]:
+def _params(config: dict[str, Any], architecture: str, norm: str) -> dict[str, Any]:
+    if architecture == "temporal":
+        scale = config.get("activation_normalization_factor", 1.0) if norm == "constant_scalar_rescale" else 1.0
+        return {
+            "n_heads": config.get("n_heads", 8),
+            "n_attn_layers": config.get("n_attn_layers", 1),
+            "bottleneck_factor": config.get("bottleneck_factor", 64),
+            "k": config.get("kval_topk") if config.get("sae_diff_type", "topk") == "topk" else None,
+            "tied": config.get("tied_weights", True),
+            "input_scale": scale,
+        }
     if architecture in ("topk", "abstopk", *THRESHOLDED):
         return {"k": config.get("k", 100)}  # SAELens' own default
     if architecture == "matching_pursuit":
@@ -234,6 +249,11 @@ def to_saelens(sae: SAE) -> Foreign:
         foreign.config |= {"k": int(c.params["k"]), "rescale_acts_by_decoder_norm": c.decoder_norm_scaling}
     if architecture == "matching_pursuit":
         foreign.config |= dict(c.params)
+    if architecture == "temporal":
+        foreign.config |= {name: c.params[name] for name in ("n_heads", "n_attn_layers", "bottleneck_factor")}
+        foreign.config |= {"sae_diff_type": "relu" if c.params["k"] is None else "topk", "kval_topk": c.params["k"], "tied_weights": c.params["tied"]}
+        if c.params["input_scale"] != 1:
+            foreign.config |= {"normalize_activations": "constant_scalar_rescale", "activation_normalization_factor": c.params["input_scale"]}
     # what was folded into the tensors cannot be taken out of them again: the side channel describes the SAE that stands there
     standing = c if architecture in ("topk", "abstopk") else c.replace(decoder_norm_scaling=False)
     beside = {"config": standing.to_json(), "provenance": sae.provenance, "tensors": _beside(sae, foreign)}

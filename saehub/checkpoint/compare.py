@@ -28,8 +28,11 @@ class Comparison:
 
 
 def compare(source: SAE, target: SAE, source_run: Run, target_run: Run, x_ND: Tensor) -> Comparison:
-    """Compare two runs on x_ND [N, d_in]. `source` and `target` are the SAEs as read, which explain differences near a boundary."""
-    shape, out = (x_ND.shape[0], source.config.d_sae), (x_ND.shape[0], source.config.d_out)
+    """Compare two runs on x_ND [N, d_in], or on sequences [S, T, d_in] of SAEs that need them whole. `source` and `target` are the SAEs as read, which explain differences near a boundary."""
+    rows = x_ND.shape[:-1].numel()
+    shape, out = (rows, source.config.d_sae), (rows, source.config.d_out)
+    if not source.row_wise:
+        source_run, target_run = (tuple(part.flatten(0, -2) for part in run) for run in (source_run, target_run))
     for side, (acts, recon) in (("source", source_run), ("target", target_run)):
         if tuple(acts.shape) != shape or tuple(recon.shape) != out:
             what = f"the {side} gave features {list(acts.shape)} and a reconstruction {list(recon.shape)}"
@@ -86,6 +89,8 @@ def _explained(source: SAE, target: SAE, different_NF: Tensor, x_ND: Tensor) -> 
     in float64, from the source's own tensors; the terms are the larger of the two sides' (folding a bias can make them larger), and
     where latents compete the rival's are added: both pre-activations were rounded. An exact tie has margin 0.
     """
+    if not source.row_wise:
+        return _explained_in_sequences(source, target, different_NF, x_ND)
     total = 0
     for row in different_NF.any(1).nonzero().squeeze(1).tolist():
         x_1D = x_ND[row : row + 1].double()
@@ -96,4 +101,15 @@ def _explained(source: SAE, target: SAE, different_NF: Tensor, x_ND: Tensor) -> 
             scale_1F = scale_1F + scale_1F.gather(1, rival)
         near_1F = source.margin(p_1F) <= ROUNDOFFS * UNIT_ROUNDOFF * scale_1F
         total += int((near_1F & different_NF[row : row + 1]).sum())
+    return total
+
+
+def _explained_in_sequences(source: SAE, target: SAE, different_NF: Tensor, x_STD: Tensor) -> int:
+    """The same for SAEs whose features depend on the whole sequence."""
+    total, different_STF = 0, different_NF.reshape(*x_STD.shape[:2], -1)
+    for sequence in different_STF.flatten(1).any(1).nonzero().squeeze(1).tolist():
+        x_1TD = x_STD[sequence : sequence + 1].double()
+        scale_1TF = torch.maximum(source.rounding_scale(source.centre(x_1TD)), target.rounding_scale(target.centre(x_1TD)))
+        near_1TF = source.margin(source.preacts(source.centre(x_1TD))) <= ROUNDOFFS * UNIT_ROUNDOFF * scale_1TF
+        total += int((near_1TF[0] & different_STF[sequence]).sum())
     return total

@@ -191,15 +191,16 @@ def _add_probe(source: _Side, target: _Side, model: ModelHandle | None) -> None:
     """Give a checkpoint in the hub's own format a golden probe: the source's, or one on real activations of `model` (without tokens: those
     rows come from the site that is claimed, so they cannot prove it)."""
     from saehub.checkpoint import format as v1
-    from saehub.checkpoint.inputs import ROWS, real_rows
+    from saehub.checkpoint.inputs import ROWS, SEQUENCE, real_rows
     from saehub.checkpoint.probe import make_probe
 
     old = source.probe()
     if old is not None:
         tokens = (old.token_ids_N, old.positions_N, None if old.contexts_ST is None else old.contexts_ST[old.context_of_row_N])
-        probe = make_probe(target.sae, old.x_ND, *tokens, target_ND=old.target_ND)
+        probe = make_probe(target.sae, old.x, *tokens, target_ND=old.target_ND)
     elif model is not None:
-        probe = make_probe(target.sae, real_rows(model, str(source.sae.provenance.get("site") or ""), ROWS))
+        length = None if source.sae.row_wise else SEQUENCE
+        probe = make_probe(target.sae, real_rows(model, str(source.sae.provenance.get("site") or ""), ROWS, length))
     else:
         return
     v1.save(target.sae, target.path, probe=probe, overwrite=True)

@@ -21,6 +21,8 @@ SIDE_CHANNEL = "saehub"
 MAX_CONFIG_BYTES = 64 * 2**20
 """No config is that long."""
 RESTORE = "restore the folder from where it came"
+UNIT = 1e-3
+"""Decoder rows this near to length 1 count as normalised."""
 
 
 class Unsayable(Exception):
@@ -98,6 +100,14 @@ def check_shapes(
             bad = int((tensor.isnan() if name == "threshold" else ~tensor.isfinite()).sum())
             if bad:
                 raise FormatError(f"{file}: {name} holds {bad} values that are NaN or infinite", fix=RESTORE)
+
+
+def unit_rows(W_dec_FD: Tensor) -> bool:
+    """Whether all decoder rows have length 1, up to UNIT."""
+    import torch
+
+    lengths_F = torch.linalg.vector_norm(W_dec_FD, dim=1, dtype=torch.promote_types(W_dec_FD.dtype, torch.float32))
+    return bool(((lengths_F - 1).abs() < UNIT).all())
 
 
 def whole_number(config: Mapping[str, Any], key: str, where: str, default: int | None = None, least: int = 1) -> int:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 ROWS = 256
 """Fresh rows of a certificate."""
+SEQUENCE, KEPT = 32, 0.7
+"""Positions of a fresh sequence, and how much of its last row each row of a synthetic one keeps: context must predict something."""
 NOISE = 0.05
 """Of a synthetic row's length."""
 EDGE_ROWS, EDGE = 128, 1e-4
@@ -26,17 +28,21 @@ EDGE_ROWS, EDGE = 128, 1e-4
 
 def rows_for(sae: SAE, probe: Probe | None, model: ModelHandle | None, *, rows: int = ROWS, seed: int = 0) -> tuple[Tensor, str]:
     """Float32 rows [N, d_in] and one phrase on what they are: the probe's, plus `rows` fresh ones, real if there is a model, plus rows at
-    the thresholds."""
+    the thresholds. For an SAE that is not row-wise, as many in sequences [S, T, d_in]."""
     pieces, words = [], []
+    length = None if sae.row_wise else (probe.sequence_length if probe is not None else None) or SEQUENCE
     if probe is not None:
-        pieces.append(probe.x_ND.float())
+        pieces.append(probe.x.float())
         words.append(f"{probe.rows} of the golden probe")
     if model is not None:
-        pieces.append(real_rows(model, str(sae.provenance.get("site") or ""), rows))
-        words.append(f"{pieces[-1].shape[0]} activations of {model.spec.name}")
+        pieces.append(real_rows(model, str(sae.provenance.get("site") or ""), rows, length))
+        words.append(f"{pieces[-1].shape[:-1].numel()} activations of {model.spec.name}")
     else:
-        pieces.append(synthetic_rows(sae, rows, seed=seed))
-        words.append(f"{rows} synthetic")
+        pieces.append(synthetic_rows(sae, rows, seed=seed, length=length))
+        words.append(f"{pieces[-1].shape[:-1].numel()} synthetic")
+    if length is not None:
+        words[-1] += f", in sequences of {length}"
+        return torch.cat(pieces), ", ".join(words)
     edge_ND = edge_rows(sae, torch.cat(pieces), seed=seed)
     if edge_ND is not None:
         pieces.append(edge_ND)
@@ -68,13 +74,15 @@ def edge_rows(sae: SAE, x_ND: Tensor, *, seed: int = 0) -> Tensor | None:
     return (x_MD + ((goal_M - p_M) / columns_MD.square().sum(1))[:, None] * columns_MD).float()
 
 
-def synthetic_rows(sae: SAE, rows: int, *, seed: int = 0) -> Tensor:
-    """b_dec + non-negative combinations of decoder rows + noise, float32 [rows, d_in], scaled until the mean L0 is plausible.
+def synthetic_rows(sae: SAE, rows: int, *, seed: int = 0, length: int | None = None) -> Tensor:
+    """b_dec + non-negative combinations of decoder rows + noise, float32 [rows, d_in], scaled until the mean L0 is plausible; with
+    `length`, in sequences [S, length, d_in] whose rows resemble those before them.
 
     Where decoder rows live at another site (transcoders) or input norms hide their scale, encoder columns take their place. Plausible is
     the architecture's k, else the number of latents combined, as near as powers of two come; among those, the scale that wakes most
     latents (at a small one the biases choose, always the same).
     """
+    rows = rows if length is None else -(-rows // length) * length
     config, draw = sae.config, generator("conversion", seed, sae.config.d_in, sae.config.d_sae)
     combined = max(1, min(sae.max_active or int(config.params.get("k") or 32), 64, config.d_sae))
     tensors = sae.tensors()
@@ -85,12 +93,14 @@ def synthetic_rows(sae: SAE, rows: int, *, seed: int = 0) -> Tensor:
     units_NKD = units_NKD / units_NKD.norm(dim=-1, keepdim=True).clamp(min=1e-30)
     shape_ND = (coefficients_NK.double()[:, :, None] * units_NKD).sum(1)
     noise_ND = torch.randn(rows, config.d_in, generator=draw).double() * shape_ND.norm(dim=1, keepdim=True) * NOISE / config.d_in**0.5
+    if length is not None:
+        shape_ND, noise_ND = _sequences(shape_ND, length), noise_ND.reshape(-1, length, config.d_in)
     centre_D = tensors["b_dec"].double() if config.kind == "autoencoder" and config.subtract_b_dec else torch.zeros(config.d_in).double()
     best, nearest = shape_ND.float(), (float("inf"), 0.0, 0.0)
     for power in range(-8, 13):
         x_ND = (centre_D + 2.0**power * (shape_ND + noise_ND)).float()
         with torch.no_grad():
-            active_NF = sae.encode(x_ND, dtype=torch.float32) != 0
+            active_NF = (sae.encode(x_ND, dtype=torch.float32) != 0).flatten(0, -2)
         l0, awake, exercised = (float(share.double().mean()) for share in (active_NF.sum(1), active_NF.any(1), active_NF.any(0)))
         # rows must be active first of all; half a power of two of L0 matters less than waking more latents
         distance = (round(max(0.0, 0.98 - awake), 2), round(2 * abs(log2(max(l0, 1e-3) / combined))) / 2, -exercised)
@@ -99,8 +109,17 @@ def synthetic_rows(sae: SAE, rows: int, *, seed: int = 0) -> Tensor:
     return best
 
 
-def real_rows(model: ModelHandle, site: str, rows: int) -> Tensor:
-    """Activations of `model` at `site` on held-out embedded text, float32 [rows, d]; every fourth position but the first of each context."""
+def _sequences(rows_ND: Tensor, length: int) -> Tensor:
+    """Rows to sequences [S, length, d]:  x_t = 0.7 x_{t-1} + row_t."""
+    x_STD = rows_ND.reshape(-1, length, rows_ND.shape[1]).clone()
+    for position in range(1, length):
+        x_STD[:, position] += KEPT * x_STD[:, position - 1]
+    return x_STD
+
+
+def real_rows(model: ModelHandle, site: str, rows: int, length: int | None = None) -> Tensor:
+    """Activations of `model` at `site` on held-out embedded text, float32 [rows, d]; every fourth position but the first of each context.
+    With `length`, whole sequences [S, length, d] from the start of a context."""
     from saehub.activations.taps import read
     from saehub.builtin.text import documents
     from saehub.sites import Site
@@ -110,8 +129,10 @@ def real_rows(model: ModelHandle, site: str, rows: int) -> Tensor:
             "the checkpoint names no site, so real activations cannot be extracted for it", fix="leave --model out, or give the site"
         )
     tap = Site.parse(site).tap(model.shape)
-    context = min(64, model.shape.context)
-    contexts, kept = [], range(4, context, 4)
+    context = min(64, model.shape.context) if length is None else length
+    if context > model.shape.context:
+        raise UsageError(f"sequences of {context} tokens, and the model accepts {model.shape.context}", fix="leave --model out")
+    contexts, kept = [], range(4, context, 4) if length is None else range(context)
     for document in documents("builtin/python-docs", "heldout"):
         ids = model.tokenizer(document.text, add_special_tokens=False)["input_ids"] if len(document.text) > 400 else []
         contexts += [ids[start : start + context] for start in range(0, len(ids) - context + 1, context)][:4]
@@ -120,10 +141,11 @@ def real_rows(model: ModelHandle, site: str, rows: int) -> Tensor:
     pieces = []
     for start in range(0, len(contexts), 8):
         x_BTD = read(model.hf, torch.tensor(contexts[start : start + 8]), {"x": tap})["x"]
-        pieces.append(x_BTD[:, list(kept)].flatten(0, 1).flatten(1).float().cpu())
+        x_BTD = x_BTD[:, list(kept)].flatten(2).float().cpu()
+        pieces.append(x_BTD.flatten(0, 1) if length is None else x_BTD)
     if not pieces:
         raise UsageError("the embedded text gives no contexts for this model", why=f"contexts have {context} tokens")
-    return torch.cat(pieces)[:rows]
+    return torch.cat(pieces)[: rows if length is None else -(-rows // length)]
 
 
 def open_model(model: ModelHandle | str | None, provenance: dict[str, Any]) -> ModelHandle | None:

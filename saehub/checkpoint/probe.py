@@ -28,7 +28,9 @@ SHAPES = {
     "contexts": ("S", "T"),
     "context_of_row": ("N",),
     "target": ("N", "d_out"),
+    "sequence_length": (),
 }
+_OPTIONAL = ("target", "sequence_length")
 _TOKENS = ("token_ids", "positions", "contexts", "context_of_row")
 
 
@@ -59,6 +61,13 @@ class Probe:
     """int64 [N]: which of them."""
     target_ND: Tensor | None = None
     """[N, d_out]: a transcoder's real targets."""
+    sequence_length: int | None = None
+    """T where the SAE is not row-wise: rows 0 … T-1 are one sequence, T … 2T-1 the next."""
+
+    @property
+    def x(self) -> Tensor:
+        """The rows as the SAE takes them: [N, d_in], or [N/T, T, d_in] where it needs whole sequences."""
+        return self.x_ND if self.sequence_length is None else self.x_ND.reshape(-1, self.sequence_length, self.x_ND.shape[1])
 
     @property
     def rows(self) -> int:
@@ -81,26 +90,31 @@ class Probe:
             "x": self.x_ND, "feature_values": self.feature_values, "feature_indices": self.feature_indices, "row_offsets": self.row_offsets,
             "reconstruction": self.reconstruction_ND, "margin": self.margin_N, "token_ids": self.token_ids_N, "positions": self.positions_N,
             "contexts": self.contexts_ST, "context_of_row": self.context_of_row_N, "target": self.target_ND,
+            "sequence_length": None if self.sequence_length is None else torch.tensor(self.sequence_length),
         }  # fmt: skip
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
-def answers(sae: SAE, x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Float64 on the CPU, in chunks: feature values, indices and row offsets, reconstruction [N, d_out], margin [N]."""
+def answers(sae: SAE, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Float64 on the CPU, in chunks of rows [N, d_in] (or of sequences [S, T, d_in], N = S·T, where the SAE needs them whole): feature
+    values, indices and row offsets, reconstruction [N, d_out], margin [N]."""
     from saehub.checkpoint.sae import CHUNK_ELEMENTS
 
     values, indices, counts, reconstructions, margins = [], [], [], [], []
-    step = max(1, CHUNK_ELEMENTS // (4 * sae.config.d_sae))
-    for start in range(0, x_ND.shape[0], step):
-        x_BD = x_ND[start : start + step].to("cpu", torch.float64)
+    step = max(1, CHUNK_ELEMENTS // (4 * sae.config.d_sae)) if sae.row_wise else 1
+    for start in range(0, x.shape[0], step):
+        x_BD = x[start : start + step].to("cpu", torch.float64)
         p_BF = sae.preacts(sae.centre(x_BD))
         acts_BF = sae.activate(p_BF)
+        recon_BD, margin_BF = sae.decode(acts_BF, like=x_BD, dtype=torch.float64), sae.margin(p_BF)
+        if not sae.row_wise:
+            acts_BF, recon_BD, margin_BF = acts_BF.flatten(0, 1), recon_BD.flatten(0, 1), margin_BF.flatten(0, 1)
         rows, latents = acts_BF.nonzero(as_tuple=True)
         values.append(acts_BF[rows, latents])
         indices.append(latents)
         counts.append((acts_BF != 0).sum(1))
-        reconstructions.append(sae.decode(acts_BF, like=x_BD, dtype=torch.float64))
-        margins.append(sae.margin(p_BF).amin(1).clamp(max=torch.finfo(torch.float64).max))
+        reconstructions.append(recon_BD)
+        margins.append(margin_BF.amin(1).clamp(max=torch.finfo(torch.float64).max))
     offsets = torch.nn.functional.pad(torch.cat(counts).cumsum(0), (1, 0))
     return torch.cat(values), torch.cat(indices), offsets, torch.cat(reconstructions), torch.cat(margins)
 
@@ -117,10 +131,18 @@ def make_probe(
     """The golden probe of `sae` on rows [N, d_in], N ≥ 64, in the units that `sae` takes.
 
     `token_ids` and `positions` [N] and `contexts` [N, T] (each row's whole token sequence) let `verify --model` extract the rows
-    again; all three or none. `target_ND` [N, d_out] does the same for a transcoder's output site. UsageError on wrong shapes.
+    again; all three or none. `target_ND` [N, d_out] does the same for a transcoder's output site. An SAE that is not row-wise takes whole
+    sequences [S, T, d_in], N = S·T, in place of rows. UsageError on wrong shapes.
     """
+    length = None
     if not sae.row_wise:
-        raise UsageError(f"no probe of rows for {sae.config.architecture}", why="its features depend on the whole sequence")
+        if x_ND.ndim != 3:
+            raise UsageError(
+                f"a probe of {sae.config.architecture} from rows of shape {list(x_ND.shape)}",
+                why="its features depend on the whole sequence",
+                fix="give sequences [S, T, d_in]",
+            )
+        length, x_ND = x_ND.shape[1], x_ND.flatten(0, 1)
     if x_ND.ndim != 2 or x_ND.shape[1] != sae.config.d_in or x_ND.shape[0] < MIN_ROWS:
         raise UsageError(
             f"a probe from rows of shape {list(x_ND.shape)}", why=f"expected at least {MIN_ROWS} rows of d_in = {sae.config.d_in}"
@@ -142,10 +164,10 @@ def make_probe(
         else type(sae)(sae.config, {n: t.cpu() for n, t in sae.tensors().items()})
     )
     with torch.no_grad():
-        values, indices, offsets, reconstruction, margin = answers(cpu, x_ND)
-    return Probe(
-        x_ND, values, indices, offsets, reconstruction, margin, **stored, target_ND=None if target_ND is None else target_ND.detach().cpu()
-    )
+        x = x_ND if length is None else x_ND.reshape(-1, length, x_ND.shape[1])
+        values, indices, offsets, reconstruction, margin = answers(cpu, x)
+    target_ND = None if target_ND is None else target_ND.detach().cpu()
+    return Probe(x_ND, values, indices, offsets, reconstruction, margin, **stored, target_ND=target_ND, sequence_length=length)
 
 
 def _context_tensors(rows: int, token_ids_N: Tensor, positions_N: Tensor, contexts_NT: Tensor) -> dict[str, Tensor]:
@@ -166,7 +188,7 @@ def read_probe(file: Path, sae: SAE) -> Probe:
     from saehub.checkpoint.format import RESTORE, read_tensors
 
     found = read_tensors(Path(file))
-    needed = [name for name in SHAPES if name not in (*_TOKENS, "target")]
+    needed = [name for name in SHAPES if name not in (*_TOKENS, *_OPTIONAL)]
     missing = [name for name in needed if name not in found]
     unknown = [name for name in found if name not in SHAPES]
     some_tokens = [name for name in _TOKENS if name in found]
@@ -190,9 +212,17 @@ def read_probe(file: Path, sae: SAE) -> Probe:
         if floating and not bool(tensor.isfinite().all()):
             raise FormatError(f"{file}: {name} holds NaN or infinity", fix=RESTORE)
     _check_ranges(file, found, sizes, sae.config.d_sae)
+    length = int(found["sequence_length"]) if "sequence_length" in found else None
+    if (length is None) != sae.row_wise or (length is not None and (length < 1 or sizes["N"] % length)):
+        raise FormatError(
+            f"{file}: sequence_length is {length}",
+            why=f"a {sae.config.architecture} probe of {sizes['N']} rows has {'none' if sae.row_wise else 'one that divides them'}",
+            fix=RESTORE,
+        )
     return Probe(
         found["x"], found["feature_values"], found["feature_indices"], found["row_offsets"], found["reconstruction"], found["margin"],
         found.get("token_ids"), found.get("positions"), found.get("contexts"), found.get("context_of_row"), found.get("target"),
+        length,
     )  # fmt: skip
 
 

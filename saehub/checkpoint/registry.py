@@ -21,6 +21,7 @@ BUILT_IN: tuple[ArchitectureEntry, ...] = (
     ArchitectureEntry("jumprelu", f"{_HERE}.jumprelu:JumpReLU", "f = max(p, 0) [p > θ_i]"),
     ArchitectureEntry("gated", f"{_HERE}.gated:Gated", "f = [x'W + b_gate > 0] max(x'(W e^{r_mag}) + b_mag, 0)"),
     ArchitectureEntry("groupmax", f"{_HERE}.groupmax:GroupMax", "f = max(p, 0) on the largest p of each of k groups"),
+    ArchitectureEntry("temporal", f"{_HERE}.temporal:Temporal", "f = max(λ r W, 0) of what attention to earlier positions does not predict"),
     ArchitectureEntry(
         "matching_pursuit", f"{_HERE}.matching_pursuit:MatchingPursuit", "greedy: f_i += r·d_i, r -= f_i d_i for the largest r·d_i"
     ),

@@ -63,9 +63,9 @@ class SAE(nn.Module):
         for name, spec in specs.items():
             tensor = tensors[name].detach().contiguous()
             if spec.floating:
-                self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+                self.register_parameter(_attribute(name), nn.Parameter(tensor, requires_grad=False))
             else:
-                self.register_buffer(name, tensor)
+                self.register_buffer(_attribute(name), tensor)
         self._check_values()
 
     # ------------------------------------------------------------------ making
@@ -98,7 +98,7 @@ class SAE(nn.Module):
 
     def tensors(self) -> dict[str, Tensor]:
         """The stored tensors by name, detached, in file order."""
-        return {name: getattr(self, name).detach() for name in self._names}
+        return {name: getattr(self, _attribute(name)).detach() for name in self._names}
 
     def astype(self, dtype: torch.dtype) -> SAE:
         """A copy with every floating tensor in `dtype` (whole-number tensors stay)."""
@@ -288,6 +288,11 @@ class SAE(nn.Module):
         c = self.config
         params = "".join(f", {name}={value}" for name, value in c.params.items())
         return f"{c.architecture} {c.kind}, d_in={c.d_in}, d_sae={c.d_sae}, d_out={c.d_out}{params}"
+
+
+def _attribute(name: str) -> str:
+    """Of a tensor: torch allows no dots."""
+    return name.replace(".", "_")
 
 
 def _check_tensors(architecture: str, specs: Mapping[str, TensorSpec], tensors: Mapping[str, Tensor]) -> None:

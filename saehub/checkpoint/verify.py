@@ -136,7 +136,7 @@ def _replay(report: Report, sae: SAE, probe: Probe) -> None:
     from saehub.checkpoint.probe import answers
 
     with torch.no_grad():
-        values, indices, offsets, reconstruction_ND, _ = answers(sae, probe.x_ND)
+        values, indices, offsets, reconstruction_ND, _ = answers(sae, probe.x)
     shape = (probe.rows, sae.config.d_sae)
     worst_feature, flipped = 0.0, 0
     compared_N = torch.ones(probe.rows, dtype=torch.bool)

@@ -224,7 +224,7 @@ def test_the_side_channel_never_overrules_the_folder(toy, rows, tmp_path):
 
 BAD = {
     "unknown architecture": (lambda c: c.update(architecture="topkk"), "did you mean 'topk'"),
-    "temporal": (lambda c: c.update(architecture="temporal"), "'temporal' cannot be read"),
+    "temporal": (lambda c: c.update(architecture="temporal"), "no multiple of n_heads x bottleneck_factor"),
     "training checkpoint with inference tensors": (lambda c: c.update(architecture="batchtopk", rescale_acts_by_decoder_norm=True), "missing: threshold"),
     "training topk from before the option": (lambda c: c.update(decoder_init_norm=0.1), "changed what its absence means"),
     "training without its scale": (lambda c: c.update(decoder_init_norm=0.1, rescale_acts_by_decoder_norm=True, normalize_activations="expected_average_only_in"), "no scaling_factor of activation_scaler.json"),

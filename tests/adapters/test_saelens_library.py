@@ -92,6 +92,51 @@ def test_what_sae_lens_saves_comes_back(rows, tmp_path):
     assert len(seen) == 10
 
 
+TEMPORAL = [
+    {"kval_topk": 5}, {"sae_diff_type": "relu"}, {"kval_topk": 5, "tied_weights": False}, {"kval_topk": 5, "apply_b_dec_to_input": False},
+    {"kval_topk": 5, "tied_weights": False, "apply_b_dec_to_input": False, "n_attn_layers": 2},
+    {"kval_topk": 5, "normalize_activations": "constant_scalar_rescale", "activation_normalization_factor": 0.3},
+    {"kval_topk": 5, "normalize_activations": "layer_norm"}, {"kval_topk": 5, "dtype": "bfloat16"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", TEMPORAL, ids=str)
+def test_temporal(tmp_path, settings):
+    """SAELens' TemporalSAE, saved by it: read, computed on sequences, certified in both directions, written again bit for bit."""
+    import sae_lens
+    from sae_lens.saes.temporal_sae import TemporalSAE, TemporalSAEConfig
+
+    torch.manual_seed(1)
+    metadata = sae_lens.saes.sae.SAEMetadata(hook_name="blocks.1.hook_resid_post")
+    theirs = TemporalSAE(TemporalSAEConfig(d_in=16, d_sae=48, n_heads=4, bottleneck_factor=4, metadata=metadata, **settings))
+    with torch.no_grad():
+        theirs.b_dec.copy_(torch.randn(16))
+    theirs.save_model(tmp_path / "theirs")
+    ours = load(tmp_path / "theirs")
+    x = torch.randn(3, 20, 16, generator=torch.Generator().manual_seed(2)) * 3 + 1
+    wide = TemporalSAE.load_from_disk(tmp_path / "theirs", dtype="float32")
+    with torch.no_grad():
+        features, output = wide.encode(x), wide(x)
+        novel = wide.decode(features) if "normalize_activations" not in settings else None
+    mine = ours.encode(x, dtype=torch.float64)
+    assert torch.equal(features != 0, mine != 0) and float((features - mine).abs().max() / mine.abs().max()) < 1e-5
+    assert float((output - ours(x, dtype=torch.float64)).norm() / output.norm()) < 1e-6
+    if novel is not None and ours.W_dec.dtype == torch.float32:
+        assert torch.allclose(ours.decode_novel(features), novel, atol=1e-4)
+    there = convert(tmp_path / "theirs", tmp_path / "ours", "saehub", invoke=in_process)
+    back = convert(tmp_path / "ours", tmp_path / "back", "saelens", invoke=in_process)
+    assert there.passed and back.passed and not there.changed and not back.changed, (str(there), str(back))
+    was, now = (load_file(tmp_path / name / "sae_weights.safetensors") for name in ("theirs", "back"))
+    assert was.keys() == now.keys() and all(torch.equal(was[n], now[n]) and was[n].dtype == now[n].dtype for n in was)
+    assert json.loads((tmp_path / "theirs/cfg.json").read_text()) == json.loads((tmp_path / "back/cfg.json").read_text())
+    # and without SAELens' own config to fall back on
+    SAELensFormat().write(SAE.build(ours.config, ours.tensors(), {"site": "resid_post.1"}), tmp_path / "plain")
+    again = SAELensFormat().read(tmp_path / "plain")
+    assert again.config == ours.config and all(torch.equal(again.tensors()[n], t) for n, t in ours.tensors().items())
+    with torch.no_grad():
+        assert torch.equal(TemporalSAE.load_from_disk(tmp_path / "plain", dtype="float32")(x), output)
+
+
 def test_a_flat_config_of_version_3(toy, rows, tmp_path):
     """Before version 6 the config was flat: both sides upgrade it to the same SAE."""
     from sae_lens import SAE as Theirs
