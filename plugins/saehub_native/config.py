@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, ClassVar
 if TYPE_CHECKING:
     from saehub.api import Job
 
-LR_SCALE = 0.0256
+# Both measured: LR_SHORT by tests/benchmarks/topk_quality.py (the best rate fell as 1/√steps between 200 and 4,000 steps, on planted and on real
+# rows), LR_LONG by Gao et al. (2024, fig. 3) on long runs, as 2e-4 at 2^14 latents.
+LR_SHORT, LR_LONG, LR_MAX = 10.0, 0.0256, 0.02
 DEAD_ROWS = 10_000_000
 
 
@@ -25,13 +27,13 @@ class TrainConfig:
     """Latents per input dimension: d_sae = round(expansion · d_in). None: 8, unless `width` is given."""
     width: int | None = None
     """Number of latents (d_sae), instead of `expansion`."""
-    batch: int = 2048
+    batch: int = 1024
     """Rows a step."""
     lr: float | None = None
-    """Peak learning rate of Adam. None: proportional to 1/√d_sae (`peak_lr`), the constant measured by tests/benchmarks/topk_quality.py."""
+    """Peak learning rate of Adam. None: a rule, proportional to 1/√d_sae (`peak_lr`)."""
     warmup: float = 0.05
     """Share of the steps over which the learning rate rises linearly."""
-    decay: float = 0.2
+    decay: float = 0.3
     """Share of the steps, at the end, over which it falls linearly to zero."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Adam's decay rates of the first and the second moment."""
@@ -49,8 +51,11 @@ class TrainConfig:
         return self.width if self.width is not None else max(1, round((8 if self.expansion is None else self.expansion) * job.d_in))
 
     def peak_lr(self, job: Job) -> float:
-        """`lr`, or the rule: LR_SCALE / √d_sae (Gao et al. 2024, fig. 3, for the exponent)."""
-        return self.lr if self.lr is not None else LR_SCALE / math.sqrt(self.d_sae(job))
+        """`lr`, or the rule: max(LR_SHORT / √(d_sae · steps), LR_LONG / √d_sae), at most LR_MAX."""
+        if self.lr is not None:
+            return self.lr
+        latents, steps = self.d_sae(job), max(1, job.steps)
+        return min(LR_MAX, max(LR_SHORT / math.sqrt(latents * steps), LR_LONG / math.sqrt(latents)))
 
     def dead_rows(self, job: Job) -> int:
         """Rows without firing after which a latent counts as dead."""
@@ -102,6 +107,8 @@ class TopKConfig(TrainConfig):
     """Latents a row: L0 is at most k."""
     auxk_alpha: float = 1 / 32
     """Weight of the AuxK loss, which revives dead latents; 0 turns it off."""
+    revive: float = 1e-4
+    """Weight of the push on the biases of dead latents, which reaches those that no row activates; 0 turns it off."""
     k_aux: int | None = None
     """Dead latents a row in the AuxK loss. None: d_in / 2."""
     dead_after: int | None = None
@@ -117,8 +124,8 @@ class TopKConfig(TrainConfig):
         return min(self.d_sae(job), self.k_aux if self.k_aux is not None else max(1, job.d_in // 2))
 
     def dead_rows(self, job: Job) -> int:
-        """`dead_after`, or a tenth of the run, at most 10 million rows."""
-        return self.dead_after if self.dead_after is not None else min(DEAD_ROWS, max(self.batch, job.rows // 10))
+        """`dead_after`, or 1/32 of the run: at least 8 batches, at most 10 million rows."""
+        return self.dead_after if self.dead_after is not None else min(DEAD_ROWS, max(8 * self.batch, job.rows // 32))
 
     def memory(self, job: Job) -> int:
         """As every native trainer, and AuxK with all latents dead (weights, gradients, two chunks)."""
@@ -135,6 +142,8 @@ class TopKConfig(TrainConfig):
             yield f"k is {self.k}, the dictionary has {latents} latents; lower k, or raise expansion"
         if self.auxk_alpha < 0:
             yield f"auxk_alpha is {self.auxk_alpha:g}; it must be at least 0 (0 turns AuxK off)"
+        if self.revive < 0:
+            yield f"revive is {self.revive:g}; it must be at least 0 (0 turns it off)"
         if self.k_aux is not None and not 1 <= self.k_aux <= max(1, latents):
             yield f"k_aux is {self.k_aux}; it must lie between 1 and the {latents} latents"
         if self.dead_after is not None and self.dead_after < 1:

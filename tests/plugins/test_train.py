@@ -239,6 +239,7 @@ def test_schedule_rises_holds_and_falls():
         (dict(k=6, k_aux=500, width=144), {}, "k_aux is 500"),
         (dict(k=6, dead_after=0), {}, "dead_after is 0"),
         (dict(k=6, auxk_alpha=-1.0), {}, "auxk_alpha"),
+        (dict(k=6, revive=-0.1), {}, "revive is -0.1"),
         (dict(k=6, init_blend=1.5), {}, "init_blend"),
         (dict(k=6, batch=4096), dict(rows=1000, steps=0, batch=4096), "batch is 4096, the run has 1000 rows"),
         (dict(k=6, batch=0), {}, "batch is 0"),
@@ -274,3 +275,56 @@ import saehub_native
 assert "torch" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("transcoder", [False, True])
+def test_finish_gives_the_sae_that_was_trained(transcoder):
+    job = make_job(target_site="mlp_out.1", d_out=16) if transcoder else make_job()
+    x = make_rows(5 * BATCH)
+    y = make_rows(5 * BATCH, 16, seed=4) if transcoder else None
+    session = open_session(job)
+    for step in range(5):
+        part = slice(step * BATCH, (step + 1) * BATCH)
+        session.step(x[part], None if y is None else y[part])
+    sae = session.finish()
+    p = {name: t.double() for name, t in session.params.items()}
+    rows = make_rows(50, seed=7).double()
+    top = ((rows if transcoder else rows - p["b_dec"]) @ p["W_enc"].T + p["b_enc"]).topk(6)
+    f = torch.zeros(50, 144, dtype=torch.float64).scatter(1, top.indices, top.values.relu())
+    assert torch.allclose(sae.encode(rows, dtype=torch.float64), f, atol=1e-9)
+    assert torch.allclose(sae.decode(f, dtype=torch.float64), f @ p["W_dec"] + p["b_dec"], atol=1e-9)
+    assert sae.config.architecture == "topk" and sae.config.params["k"] == 6
+    assert sae.config.kind == ("transcoder" if transcoder else "autoencoder") and sae.config.subtract_b_dec is not transcoder
+    assert all(t.dtype == torch.float32 for t in sae.tensors().values())
+    kept = sae.tensors()["W_dec"].clone()
+    session.step(x[:BATCH], None if y is None else y[:BATCH])
+    assert torch.equal(sae.tensors()["W_dec"], kept), "the SAE must not change when training goes on"
+
+
+def test_warm_start_begins_with_the_checkpoint(tmp_path):
+    from saehub.checkpoint.format import save
+
+    source = open_session(make_job())
+    feed(source, make_rows(5 * BATCH), 0, 5)
+    save(source.finish(), tmp_path / "sae")
+    warm = open_session(make_job("warm", init_from=str(tmp_path / "sae")))
+    for name, p in source.params.items():
+        assert torch.allclose(warm.params[name], p, rtol=1e-5, atol=1e-6), name
+    feed(warm, make_rows(5 * BATCH), 0, 1)
+    narrow = TopKConfig(k=6, width=100, batch=BATCH, calibration=64)
+    with pytest.raises(UsageError, match="cannot start the training"):
+        open_session(make_job("narrow", init_from=str(tmp_path / "sae")), narrow)
+
+
+def test_the_learning_rate_rule_falls_with_width_and_steps_and_has_both_ends():
+    config = TopKConfig(k=6, width=1280)
+    assert config.peak_lr(make_job(steps=1000)) == pytest.approx(10 / (1280 * 1000) ** 0.5)
+    assert config.peak_lr(make_job(steps=1)) == 0.02
+    assert config.peak_lr(make_job(steps=10**7)) == pytest.approx(2e-4 / (1280 / 2**14) ** 0.5, rel=1e-3)
+    assert TopKConfig(k=6, width=4 * 1280).peak_lr(make_job(steps=1000)) == pytest.approx(config.peak_lr(make_job(steps=1000)) / 2)
+    assert TopKConfig(k=6, lr=0.5).peak_lr(make_job()) == 0.5
+
+
+def test_dead_rows_scale_with_the_run():
+    assert [TopKConfig(k=6, batch=100).dead_rows(make_job(rows=rows)) for rows in (1000, 64_000, 10**10)] == [800, 2000, 10_000_000]
+    assert TopKConfig(k=6, dead_after=7).dead_rows(make_job()) == 7

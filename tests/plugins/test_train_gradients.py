@@ -25,7 +25,7 @@ def make_job(d_in: int, d_out: int, batch: int = 64) -> Job:
     return Job("j", "resid_post.1", None if d_in == d_out else "mlp_out.1", d_in, d_out, steps=10, batch=batch, rows=10 * batch, seed=0)
 
 
-def dense_loss(p: dict[str, torch.Tensor], x, y, dead_F, *, k, k_aux, alpha, subtract, variance):
+def dense_loss(p: dict[str, torch.Tensor], x, y, dead_F, *, k, k_aux, alpha, subtract, variance, revive=0.0):
     """TopK with AuxK written densely from the paper's equations; the reference for everything below."""
     centred = x - p["b_dec"] if subtract else x
     pre = centred @ p["W_enc"].T + p["b_enc"]
@@ -39,7 +39,7 @@ def dense_loss(p: dict[str, torch.Tensor], x, y, dead_F, *, k, k_aux, alpha, sub
         dead_pre = pre.masked_fill(~dead_F, -torch.inf).topk(min(k_aux, n_dead), dim=1)
         a = torch.zeros_like(pre).scatter(1, dead_pre.indices, dead_pre.values.relu())
         loss = loss + alpha * (a @ p["W_dec"] - e).pow(2).sum() / (e - e.mean(0)).pow(2).sum()
-    return loss, x_hat, top
+    return loss - revive * p["b_enc"][dead_F].sum(), x_hat, top
 
 
 def rows_with_margin(p, x, k, k_aux, dead_F, subtract, margin=1e-3):
@@ -69,7 +69,7 @@ def rows_with_margin(p, x, k, k_aux, dead_F, subtract, margin=1e-3):
 def test_every_gradient_equals_float64_dense_autograd(d_in, d_out, latents, k, n_dead, k_aux):
     g = torch.Generator().manual_seed(latents + k + n_dead)
     job = make_job(d_in, d_out)
-    config = TopKConfig(k=k, width=latents, k_aux=k_aux, auxk_alpha=0.25)
+    config = TopKConfig(k=k, width=latents, k_aux=k_aux, auxk_alpha=0.25, revive=0.01)
     subtract = job.target_site is None
     x = torch.randn(700, d_in, generator=g) + 0.5
     y = x if subtract else torch.randn(700, d_out, generator=g) - 0.3
@@ -91,11 +91,12 @@ def test_every_gradient_equals_float64_dense_autograd(d_in, d_out, latents, k, n
     result = architecture.gradients(params, x, y, dead_F)
 
     loss, x_hat, top = dense_loss(
-        exact, x.double(), y.double(), dead_F, k=k, k_aux=k_aux, alpha=0.25, subtract=subtract, variance=architecture.constants["variance"]
-    )
+        exact, x.double(), y.double(), dead_F,
+        k=k, k_aux=k_aux, alpha=0.25, subtract=subtract, variance=architecture.constants["variance"], revive=0.01,
+    )  # fmt: skip
     loss.backward()
     assert float(result.loss) == pytest.approx(float(loss.detach()), rel=1e-5)
-    assert float(result.squared_error) == pytest.approx(float((x_hat - y.double()).pow(2).sum()), rel=1e-5)
+    assert float(result.squared_error) == pytest.approx(float((x_hat.detach() - y.double()).pow(2).sum()), rel=1e-5)
     assert float(result.l0) == pytest.approx(float((top.values > 0).sum(1).double().mean()), abs=1e-5)
     fired = torch.zeros(latents, dtype=torch.bool)
     fired[top.indices[top.values > 0]] = True

@@ -1,4 +1,4 @@
-"""The residual of a batch and the set of dead latents in; the AuxK loss and its gradients, encoder included, out."""
+"""The residual of a batch and the set of dead latents in; the losses that revive them, and their gradients, encoder included, out."""
 
 from __future__ import annotations
 
@@ -57,3 +57,14 @@ def add_auxk(
     grads["W_dec"].index_add_(0, dead_N, g_dec_ND)
     grads["b_enc"].index_add_(0, dead_N, g_b_N)
     return alpha * error / spread
+
+
+def add_bias_push(grads: dict[str, Tensor], params: Mapping[str, Tensor], dead_F: Tensor, weight: float) -> Tensor:
+    """Add the gradient of L_push = −weight · Σ_{f dead} b_enc[f] to `grads` (b_enc; in place) and return L_push.
+
+    A dead latent below zero on every row of a batch has no gradient through AuxK's ReLU; this raises it until some row reaches it. The
+    idea is the pre-activation loss of Anthropic's January 2025 update (transformer-circuits.pub), on the bias alone: b_dec, which moves
+    pre-activations too, has no share in it.
+    """
+    grads["b_enc"].sub_(dead_F.to(grads["b_enc"].dtype), alpha=weight)
+    return (params["b_enc"] * dead_F).sum() * -weight

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from saehub.errors import UsageError
 from saehub_native.architectures import StepResult
-from saehub_native.architectures.auxk import add_auxk
+from saehub_native.architectures.auxk import add_auxk, add_bias_push
 
 if TYPE_CHECKING:
     from saehub.api import Job
@@ -24,7 +24,7 @@ class TopK:
     """f = relu(topk_k(p)),  p = x' W_encᵀ + b_enc,  x̂ = f W_dec + b_dec   (Gao et al. 2024, arXiv 2406.04093).
 
     x' = x − b_dec for an autoencoder and x' = x for a transcoder. Loss, on B rows, with V the variance of the calibration targets:
-        L = Σ|x̂ − y|² / (B V) + α L_aux                                    (the first term is FVU up to the batch's own variance)
+        L = Σ|x̂ − y|² / (B V) + α L_aux + L_push     (the first term is FVU, but for the batch's own variance; the others: auxk.py)
     Gradients, with e = y − x̂, G = −2e / (B V), δ_bj = ⟨G_b, W_dec[i_bj]⟩·[v_bj > 0] for the selected (value v, latent i) pairs:
         ∂W_dec[f] = Σ_{i_bj = f} v_bj G_b        ∂W_enc[f] = Σ_{i_bj = f} δ_bj x'_b        ∂b_enc[f] = Σ_{i_bj = f} δ_bj
         ∂b_dec = Σ_b G_b − ∂b_encᵀ W_enc         (the second path, through x', exists only where b_dec is subtracted)
@@ -87,6 +87,7 @@ class TopK:
         grads["b_dec"] = grad_BD.sum(0)
         if self.subtract_b_dec:
             grads["b_dec"] -= grads["b_enc"] @ W_enc_FD
+        loss = loss + add_bias_push(grads, params, dead_F, self.config.revive)
 
         fired_F = torch.zeros(n_latents, dtype=torch.bool, device=x_BD.device)
         fired_F[indices_BK[alive_BK]] = True
