@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saehub.checkpoint.foreign import SIDE_CHANNEL, Unsayable, folds_of, is_map_with, read_config
-from saehub.errors import CheckFailed, FormatError
+from saehub.checkpoint.foreign import SIDE_CHANNEL, Unsayable, folds_of, is_map_with, read_config, unit_rows
+from saehub.errors import Caution, CheckFailed, FormatError
 from saehub_dictionary_learning import pickled
 from saehub_dictionary_learning.mapping import from_dictionary_learning, stored, to_dictionary_learning
 
@@ -47,7 +48,8 @@ class DictionaryLearningFormat:
 
     def folds(self, path: Path) -> list[str]:
         """What `read` folds into the tensors of this folder: nothing, unless it is a backup for rows divided by a norm."""
-        return folds_of(self, path, _load(Path(path))[1])
+        _, config, found = _load(Path(path))
+        return folds_of(self, path, config) if isinstance(found.get("ae"), Mapping) else []
 
     def refusal(self, sae: SAE) -> str | None:
         """Why dictionary_learning cannot say this SAE, or None if it can."""
@@ -66,6 +68,9 @@ class DictionaryLearningFormat:
             foreign = to_dictionary_learning(sae)
         except Unsayable as reason:
             raise CheckFailed("dictionary_learning cannot say this SAE", why=str(reason), fix="saehub's own format can") from reason
+        if foreign.config["trainer"]["dict_class"] == "AutoEncoder" and not unit_rows(foreign.tensors["decoder.weight"].T):
+            words = f"{path}: decoder rows have lengths other than 1: load_dictionary multiplies the features of an AutoEncoder by them"
+            warnings.warn(f"{words}; from_pretrained(normalize_decoder=False) does not", Caution, stacklevel=2)
         path.mkdir(parents=True, exist_ok=True)
         pickled.save(path / WEIGHTS, foreign.tensors)
         config = foreign.config | ({SIDE_CHANNEL: foreign.beside} if foreign.beside else {})

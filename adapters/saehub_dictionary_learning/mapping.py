@@ -33,6 +33,7 @@ from saehub.checkpoint.foreign import (
     from_plain,
     restore,
     to_plain,
+    unit_rows,
     whole_number,
 )
 from saehub.checkpoint.sae import SAE
@@ -45,8 +46,8 @@ if TYPE_CHECKING:
 
 FORMAT = "dictionary_learning"
 IDENTITY = "IdentityDict"
-UNIT = 1e-3
-"""Decoder rows this near to length 1 count as normalised."""
+MAX_IDENTITY = 16_384
+"""Widest identity: a file without tensors could claim any width."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class Stored:
 
 
 # ---------------------------------------------------------------------- reading
-def stored(config: Mapping[str, Any], found: Mapping[str, Any], file: Path) -> Stored:
+def stored(config: Mapping[str, Any], found: Mapping[str, Any], file: Path, copy: bool = True) -> Stored:
     """The class, its sizes and its state dict, from config.json and the map in ae.pt; FormatError for what is damaged or ambiguous."""
     from saehub_dictionary_learning.pickled import tensors
 
@@ -126,7 +127,10 @@ def stored(config: Mapping[str, Any], found: Mapping[str, Any], file: Path) -> S
             raise FormatError(f"{file}: norm_factor is {norm_factor!r}", why="expected a positive number")
     if dict_class == IDENTITY:
         check_shapes(file, tensors(file, found), {})
-        return Stored(dict_class, {"activation_dim": whole_number(trainer, "activation_dim", "config.json")}, {})
+        width = whole_number(trainer, "activation_dim", "config.json")
+        if width > MAX_IDENTITY:
+            raise FormatError(f"config.json: activation_dim is {width}", why=f"an identity is read up to {MAX_IDENTITY}, as two matrices")
+        return Stored(dict_class, {"activation_dim": width}, {})
     layout = LAYOUTS[dict_class]
     encoder = layout.tensors["W_enc"]
     shape = getattr(found.get(encoder.removeprefix("T ")), "shape", ())
@@ -137,7 +141,7 @@ def stored(config: Mapping[str, Any], found: Mapping[str, Any], file: Path) -> S
     d_in, d_sae = (shape[1], shape[0]) if encoder.startswith("T ") else shape
     sizes: dict[str, Any] = {"activation_dim": whole_number(trainer, "activation_dim", "config.json", d_in)}
     sizes["dict_size"] = whole_number(trainer, "dict_size", "config.json", d_sae)
-    state = tensors(file, found)
+    state = tensors(file, found, copy)
     check_shapes(file, state, _shapes(layout, sizes, state), optional=layout.buffers)
     if "k" in layout.buffers:
         sizes["k"] = _k(trainer, state, file)
@@ -191,23 +195,16 @@ def from_dictionary_learning(config: dict[str, Any], found: Mapping[str, Any], f
 
 
 def _read(config: dict[str, Any], content: Stored) -> tuple[SAE, list[str]]:
-    sizes, cautions = content.sizes, []
+    cautions: list[str] = []
     origin: dict[str, Any] = {"format": FORMAT, "config": copy.deepcopy(config)}
     if content.dict_class == IDENTITY:
-        return _identity(sizes["activation_dim"], {**names.provenance(config), "origin": origin}), cautions
+        return _identity(content.sizes["activation_dim"], {**names.provenance(config), "origin": origin}), cautions
     layout = LAYOUTS[content.dict_class]
     tensors = {}
     for name, theirs in layout.tensors.items():
         tensors[name] = content.state[theirs[2:]].T if theirs.startswith("T ") else content.state[theirs]
     origin["buffers"] = {name: to_plain(content.state[name]) for name in layout.buffers if name in content.state}
-    mapped = SAEConfig(
-        layout.architecture,
-        d_in=sizes["activation_dim"],
-        d_sae=sizes["dict_size"],
-        params={"k": sizes["k"]} if "k" in sizes else {},
-        subtract_b_dec=layout.subtract,
-    )
-    sae = SAE.build(mapped, tensors, {**names.provenance(config), "origin": origin})
+    sae = SAE.build(_config(content), tensors, {**names.provenance(config), "origin": origin})
     if content.step is not None:
         origin["backup"] = {"step": content.step, "norm_factor": content.norm_factor}
         cautions.append(f"a backup in the middle of training (step {content.step})")
@@ -217,13 +214,19 @@ def _read(config: dict[str, Any], content: Stored) -> tuple[SAE, list[str]]:
         cautions.append(f"it was saved for rows divided by {content.norm_factor}: biases and thresholds were multiplied by that")
     if "threshold" in origin["buffers"]:
         origin["biases"] = _biases(sae)
-    lengths_F = sae.W_dec.float().norm(dim=1)
-    if layout.architecture in ("relu", "gated") and not bool(((lengths_F - 1).abs() < UNIT).all()):
+    if layout.architecture in ("relu", "gated") and not unit_rows(sae.W_dec):
+        lengths_F = sae.W_dec.float().norm(dim=1)
         low, high = float(lengths_F.min()), float(lengths_F.max())
         cautions.append(
             f"decoder rows have lengths from {low:.3g} to {high:.3g}; some versions of the library load such features multiplied by them"
         )
     return sae, cautions
+
+
+def _config(content: Stored) -> SAEConfig:
+    layout, sizes = LAYOUTS[content.dict_class], content.sizes
+    params = {"k": sizes["k"]} if "k" in sizes else {}
+    return SAEConfig(layout.architecture, sizes["activation_dim"], sizes["dict_size"], params=params, subtract_b_dec=layout.subtract)
 
 
 def _biases(sae: SAE) -> list[str]:
@@ -300,9 +303,9 @@ def to_dictionary_learning(sae: SAE) -> Foreign:
 
 
 def _theirs(tensors: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
+    """The state dict, transposed ones as views: saving makes them contiguous."""
     return {
-        theirs.removeprefix("T "): tensors[name].T.contiguous() if theirs.startswith("T ") else tensors[name]
-        for name, theirs in layout.tensors.items()
+        theirs.removeprefix("T "): tensors[name].T if theirs.startswith("T ") else tensors[name] for name, theirs in layout.tensors.items()
     }
 
 
@@ -335,7 +338,7 @@ def _verbatim(sae: SAE) -> Foreign | None:
         state |= {name: from_plain(entry) for name, entry in dict(origin.get("buffers") or {}).items() if name in layout.buffers}
         if "threshold" in layout.buffers and "threshold" in state and origin.get("biases") != _biases(sae):
             state["threshold"] = _buffers(1, layout)["threshold"]  # the SAE was rescaled since: it is in other units
-        again, _ = _read(config, stored(config, state, Path("ae.pt")))
+        again = _config(stored(config, state, Path("ae.pt"), copy=False))
     except (FormatError, KeyError, TypeError, ValueError, RuntimeError):
         return None
-    return Foreign(config, state, bit_exact=list(sae.tensors())) if again.config == sae.config else None
+    return Foreign(config, state, bit_exact=list(sae.tensors())) if again == sae.config else None

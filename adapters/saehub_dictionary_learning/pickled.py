@@ -63,8 +63,8 @@ def _check_archive(file: Path) -> None:
         ) from error
 
 
-def tensors(file: Path, state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a state dict, each in memory of its own; FormatError for anything else in it, and for a shape beyond the stored numbers."""
+def tensors(file: Path, state: Mapping[str, Any], copy: bool = True) -> dict[str, Tensor]:
+    """The tensors of a state dict, each in memory of its own if `copy`; FormatError for anything else, and for a shape beyond the numbers."""
     import torch
 
     found = {}
@@ -78,7 +78,7 @@ def tensors(file: Path, state: Mapping[str, Any]) -> dict[str, Tensor]:
                 f"{file}: {name} has shape {list(value.shape)}, but only {value.untyped_storage().nbytes()} bytes are stored for it",
                 fix=RESTORE,
             )
-        found[name] = value.detach().clone(memory_format=torch.contiguous_format)
+        found[name] = value.detach().clone(memory_format=torch.contiguous_format) if copy else value.detach()
     return found
 
 
@@ -89,7 +89,7 @@ def save(file: Path, state: Mapping[str, Tensor]) -> None:
     beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
         with open(beside, "wb") as stream:
-            torch.save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}, stream)
+            torch.save({name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}, stream)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(beside, file)

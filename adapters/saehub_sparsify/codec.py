@@ -50,7 +50,9 @@ class SparsifyFormat:
 
     def folds(self, path: Path) -> list[str]:
         """What `read` folds into the tensors of this folder: nothing, unless its encoder subtracts b_dec beside a skip path or as a transcoder."""
-        return folds_of(self, path, read_config(locate(path) / CONFIG))
+        config = read_config(locate(path) / CONFIG)
+        may_fold = config.get("skip_connection") or "transcode" not in config
+        return folds_of(self, path, config) if may_fold else []
 
     def refusal(self, sae: SAE) -> str | None:
         """Why Sparsify cannot say this SAE, or None if it can."""

@@ -30,6 +30,7 @@ from saehub.checkpoint.foreign import (
     from_plain,
     restore,
     to_plain,
+    unit_rows,
     whole_number,
 )
 from saehub.checkpoint.sae import SAE
@@ -44,8 +45,6 @@ ACTIVATIONS = ("topk", "groupmax")
 DEFAULTS = {"expansion_factor": 32, "num_latents": 0, "k": 32}
 """Of `SparseCoderConfig`: what the library takes where cfg.json is silent."""
 FLAGS = ("normalize_decoder", "multi_topk", "skip_connection", "transcode", "signed")
-UNIT = 1e-3
-"""Decoder rows this near to length 1 count as normalised."""
 
 
 # ---------------------------------------------------------------------- reading
@@ -132,15 +131,13 @@ def _ours(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _theirs(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    found = {"encoder.weight": tensors["W_enc"].T.contiguous(), "encoder.bias": tensors["b_enc"]}
+    found = {"encoder.weight": tensors["W_enc"].T, "encoder.bias": tensors["b_enc"]}  # a view: writing makes it contiguous
     return found | {name: tensor for name, tensor in tensors.items() if name not in ("W_enc", "b_enc")}
 
 
 # ---------------------------------------------------------------------- writing
 def to_sparsify(sae: SAE) -> Foreign:
     """cfg.json and tensors; raises Unsayable with the reason."""
-    import torch
-
     verbatim = _verbatim(sae)
     if verbatim is not None:
         return verbatim
@@ -158,11 +155,10 @@ def to_sparsify(sae: SAE) -> Foreign:
         fold_b_dec(foreign, subtract=True)
     dtypes = _widen(foreign)
     foreign.bit_exact = [name for name, tensor in sae.tensors().items() if _comes_back(foreign.tensors[name], dtypes.get(name), tensor)]
-    lengths_F = torch.linalg.vector_norm(foreign.tensors["W_dec"].float(), dim=1)
     foreign.config = {
         "activation": c.architecture,
         "expansion_factor": max(1, c.d_sae // c.d_in),  # num_latents counts where both are given
-        "normalize_decoder": c.kind == "autoencoder" and bool(((lengths_F - 1).abs() < UNIT).all()),
+        "normalize_decoder": c.kind == "autoencoder" and unit_rows(foreign.tensors["W_dec"]),
         "num_latents": c.d_sae,
         "k": int(c.params["k"]),
         "multi_topk": False,

@@ -41,7 +41,8 @@ def place(folder: Path) -> Place:
         run = None
     if run is None or not isinstance(run.get("sae"), dict):
         run = None
-    named = folder.name in list((run or {}).get("hookpoints") or ())
+    hookpoints = (run or {}).get("hookpoints")
+    named = isinstance(hookpoints, list) and folder.name in hookpoints
     return Place(folder.name if named or _HOOKPOINT.fullmatch(folder.name) else None, seed, run)
 
 

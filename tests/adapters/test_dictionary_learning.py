@@ -475,6 +475,28 @@ def test_bad_files(tmp_path):
         assert not ANY.sniff(odd), odd
 
 
+def test_an_identity_cannot_claim_any_width(tmp_path):
+    with pytest.raises(FormatError, match="activation_dim is 1000000"):
+        ANY.read(written(tmp_path, config_of("IdentityDict", activation_dim=10**6), {}))
+
+
+def test_an_autoencoder_that_the_library_will_rescale_is_written_with_a_caution(toy, tmp_path):
+    with pytest.warns(UserWarning, match="load_dictionary multiplies the features"):
+        ANY.write(toy("relu"), tmp_path / "a")
+    unit = toy("relu")
+    unit = SAE.build(unit.config, unit.tensors() | {"W_dec": torch.nn.functional.normalize(unit.W_dec.detach(), dim=1)})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ANY.write(unit, tmp_path / "b")
+        ANY.write(toy("relu", subtract_b_dec=False), tmp_path / "c")  # AutoEncoderNew is loaded as it is
+
+
+def test_float64_is_kept(toy, tmp_path):
+    sae = toy("batchtopk", dtype=torch.float64)
+    ANY.write(sae, tmp_path)
+    assert same(ANY.read(tmp_path), sae) and stored(tmp_path)["threshold"].dtype == torch.float64
+
+
 def test_matryoshka_groups_must_fit(tmp_path):
     for sizes in ([12, 35], [0, 48], [-1, 49], []):
         state = STATES["MatryoshkaBatchTopKSAE"] | {"group_sizes": torch.tensor(sizes, dtype=torch.int64)}

@@ -227,10 +227,17 @@ def test_what_reading_folds_is_named(toy, tmp_path):
     assert SparsifyFormat().folds(written(tmp_path / "new", TODAY, theirs())) == []
 
 
-def test_the_command_line_says_cautions_in_one_line(tmp_path):
+def test_the_command_line_says_cautions_in_one_line(tmp_path, monkeypatch, capsys):
+    from saehub.cli.main import _print_cautions_plainly, run
+
     folder = written(tmp_path / "old", FOREIGN["signed"], theirs())
-    done = subprocess.run([sys.executable, "-m", "saehub.cli.main", "inspect", str(folder)], capture_output=True, text=True, check=True)
-    assert "caution: " in done.stderr and "read by the equation of 2024" in done.stderr and "Warning" not in done.stderr
+    with warnings.catch_warnings():  # puts showwarning back
+        warnings.simplefilter("always")
+        _print_cautions_plainly()
+        assert run(["inspect", str(folder)]) == 0
+    said = capsys.readouterr().err
+    assert f"caution: {folder}: signed: true is read by the equation of 2024" in said.replace("\n", " ")
+    assert "Caution" not in said and "codec(name)" not in said
 
 
 def test_defaults_are_the_librarys(tmp_path):
