@@ -19,6 +19,7 @@ _LAZY = {
     "verify": "verify",
     "convert": "convert",
     "Certificate": "certificate",
+    "push": "push",
 }
 __all__ = [
     "SAE",
@@ -35,6 +36,7 @@ __all__ = [
     "verify",
     "convert",
     "Certificate",
+    "push",
 ]
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from saehub.checkpoint.inspect import inspect
     from saehub.checkpoint.load import find_format, load
     from saehub.checkpoint.probe import Probe, make_probe
+    from saehub.checkpoint.push import push
     from saehub.checkpoint.registry import architecture
     from saehub.checkpoint.sae import SAE, TensorSpec
     from saehub.checkpoint.verify import verify

@@ -60,7 +60,7 @@ def convert(
     unknown format or an existing `dst`; MissingDependency where a library that must run is not installed.
     """
     from saehub.checkpoint.inputs import open_model
-    from saehub.checkpoint.load import _unknown, codec, find_format, locate
+    from saehub.checkpoint.load import _unknown, codec, find_format, locate, record_origin
 
     path, origin = locate(src)
     dst = Path(dst)
@@ -72,7 +72,7 @@ def convert(
     source, target = _Side(path, *codec(name)), _Side(dst, *codec(to))
     source.sae = _kept_original(path, source) or source.codec.read(path)
     if origin:
-        source.sae.provenance.setdefault("hub", origin)
+        record_origin(source.sae, origin)
     certificate = Certificate("", source.about(src), target.about(dst))
     reason = getattr(target.codec, "refusal", lambda sae: None)(source.sae)
     if reason:

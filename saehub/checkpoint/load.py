@@ -123,8 +123,14 @@ def load(source: str | Path, *, format: str | None = None, revision: str | None 
     _, instance, _ = codec(name)
     sae = instance.read(path)
     if origin:
-        sae.provenance.setdefault("hub", origin)
+        record_origin(sae, origin)
     return sae.to(device) if device != "cpu" else sae
+
+
+def record_origin(sae: SAE, origin: dict[str, Any]) -> None:
+    """Put where it was read from into the provenance; an earlier hub id becomes its `upstream`."""
+    earlier = sae.provenance.get("hub")
+    sae.provenance["hub"] = origin | ({"upstream": earlier} if earlier and earlier != origin else {})
 
 
 def _unknown(path: Path) -> FormatError:

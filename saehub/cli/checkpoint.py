@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from saehub.cli.lazy import SETTINGS
-from saehub.cli.options import json_option, not_yet
+from saehub.cli.options import json_option
 from saehub.cli.talk import clean, out, out_json, plain, say, style
 
 LONGEST = 1000
@@ -26,7 +26,7 @@ MODEL = click.option("--model", metavar="MODEL", help="builtin/tiny-llama, a Hug
 @click.option("--allow-lossy", is_flag=True, help="Write what the target can carry, and say by how much it differs.")
 @click.option("--keep-original", is_flag=True, help="Store the source's tensors beside the target, for an exact way back.")
 @click.option("--no-verify", is_flag=True, help="Skip the certificate; the result says `unverified`.")
-@click.option("--push", metavar="hf://ORG/REPO", help="Upload the result (no component does this yet).")
+@click.option("--push", metavar="hf://ORG/REPO", help="Upload the result with a model card (hf://ORG/REPO/FOLDER too).")
 @json_option()
 def convert(
     source: str,
@@ -45,7 +45,10 @@ def convert(
     The certificate (DST/conversion.json) compares source and target, each run by its own library, on the same rows.
     """
     if push:
-        raise not_yet("convert --push", f"convert without --push, then: huggingface-cli upload {push.removeprefix('hf://')} {destination}")
+        from saehub.checkpoint.push import check
+        from saehub.checkpoint.push import push as upload
+
+        check(push)  # a wrong id or a missing token is said before the work
     from saehub.checkpoint.certificate import FILE, INCONCLUSIVE, REFUSED
     from saehub.checkpoint.convert import convert as do
     from saehub.cli.failure import FAILED, OK
@@ -53,13 +56,17 @@ def convert(
     certificate = do(
         source, destination, to, from_=from_, model=model, allow_lossy=allow_lossy, keep_original=keep_original, verify=not no_verify
     )
-    if as_json:
-        out_json({"certificate": certificate.to_json()})
-    else:
+    failed = certificate.outcome in (INCONCLUSIVE, REFUSED)
+    if not as_json:
         out(clean(certificate))
         say(f"\nwritten: {destination} (certificate: {destination / FILE})")
+    pushed = upload(destination, push) if push and not failed else None
+    if as_json:
+        out_json({"certificate": certificate.to_json()} | ({"pushed": pushed} if push else {}))
+    elif push:
+        say(f"pushed: {pushed['id']} at {pushed['commit']}" if pushed else f"not pushed to {push}: {certificate.outcome}")
     # What was asked to be unproved (--no-verify, --allow-lossy) is no failure; what could not be proved is.
-    return FAILED if certificate.outcome in (INCONCLUSIVE, REFUSED) else OK
+    return FAILED if failed else OK
 
 
 @click.command(context_settings=SETTINGS)

@@ -192,7 +192,7 @@ def test_wrong_usage_is_code_2_with_a_suggestion(saehub, args, words):
 
 @pytest.mark.parametrize(
     "args",
-    [["plugins", "check", "native"], ["plugins", "new", "x"], ["convert", "a", "b", "--to", "saelens", "--push", "hf://me/x"]],
+    [["plugins", "check", "native"], ["plugins", "new", "x"]],
     ids=" ".join,
 )
 def test_what_nobody_does_yet_says_so(saehub, args):
