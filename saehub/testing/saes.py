@@ -94,11 +94,14 @@ def rows_for(sae: SAE, n: int = 256, seed: int = 0) -> Tensor:
 
 
 def zoo() -> Iterator[tuple[str, SAE]]:
-    """Every built-in architecture in every variant that its equation allows: (name, SAE)."""
+    """Every built-in row-wise architecture in every variant that its equation allows: (name, SAE). Temporal needs sequences, not rows."""
     from saehub.checkpoint.registry import BUILT_IN
+    from saehub.checkpoint.registry import architecture as class_of
     from saehub.errors import FormatError
 
     for entry in BUILT_IN:
+        if not class_of(entry.name).row_wise:
+            continue
         for variant, fields in VARIANTS.items():
             try:
                 sae = random_sae(entry.name, **fields)
