@@ -41,15 +41,16 @@ class SAELensFormat:
         """The SAE, its tensors bit-exact as stored (a training checkpoint's with its activation scaler folded in, see `folds`); FormatError
         for damage, and for what saehub cannot express, with the reason. A trainer_state.pt is never opened."""
         from saehub.checkpoint.format import read_tensors
+        from saehub.checkpoint.stream import count_bad
 
         path = Path(path)
         config = _read_config(path / CONFIG)
         tensors = read_tensors(path / WEIGHTS)
         for name, tensor in tensors.items():
-            bad = tensor.isnan() if name in ("threshold", "log_threshold") else ~tensor.isfinite()
-            if tensor.is_floating_point() and bool(bad.any()):
+            bad = count_bad(tensor, allow_infinite=name in ("threshold", "log_threshold"))
+            if bad:
                 raise FormatError(
-                    f"{path / WEIGHTS}: {name} holds {int(bad.sum())} values that are NaN or infinite",
+                    f"{path / WEIGHTS}: {name} holds {bad} values that are NaN or infinite",
                     fix="restore the folder from where it came",
                 )
         try:

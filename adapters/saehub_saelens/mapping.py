@@ -199,7 +199,7 @@ def _extra_tensors(data: Any) -> dict[str, Tensor]:
 
 def _same(again: Foreign, foreign: Foreign) -> bool:
     """Equal in tensors and in every config key that enters the computation (SAELens rewrites versions and devices)."""
-    import torch
+    from saehub.checkpoint.stream import equal
 
     def computed(config: dict[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in config.items() if key not in ("metadata", "device", "dtype")}
@@ -208,10 +208,7 @@ def _same(again: Foreign, foreign: Foreign) -> bool:
     theirs = {key: value for key, value in computed(legacy.upgrade(foreign.config)).items() if key in mine}
     if mine != theirs or again.tensors.keys() != foreign.tensors.keys():
         return False
-    return all(
-        a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
-        for a, b in ((again.tensors[n], foreign.tensors[n]) for n in again.tensors)
-    )
+    return all(equal(again.tensors[name], foreign.tensors[name]) for name in again.tensors)
 
 
 # ---------------------------------------------------------------------- writing

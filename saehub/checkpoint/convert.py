@@ -220,14 +220,10 @@ def _low_precision(sae: SAE, x_ND: Tensor) -> dict[str, Any] | None:
 
 def _note_tensors(certificate: Certificate, source: SAE, target: SAE, notes: Any) -> None:
     """Compare what was read back with the source, tensor by tensor, whatever the writer says; its folds and losses are its own words."""
-    import torch
+    from saehub.checkpoint.stream import equal
 
     was, now = source.tensors(), target.tensors()
-    same = [
-        n
-        for n in was
-        if n in now and was[n].dtype == now[n].dtype and was[n].shape == now[n].shape and torch.equal(was[n].cpu(), now[n].cpu())
-    ]
+    same = [n for n in was if n in now and equal(was[n].cpu(), now[n].cpu())]
     certificate.bit_exact, certificate.changed = same, [n for n in was if n not in same]
     certificate.folded, certificate.dropped = list(notes.get("folded", ())), list(notes.get("dropped", ()))
     certificate.side_channel = list(notes.get("side_channel", ()))

@@ -80,6 +80,8 @@ def check_shapes(
     file: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], optional: tuple[str, ...] = ()
 ) -> None:
     """FormatError unless exactly the `expected` tensors are there (`optional` ones may be absent), in these shapes, finite numbers all."""
+    from saehub.checkpoint.stream import count_bad
+
     missing = [name for name in expected if name not in tensors and name not in optional]
     extra = [name for name in tensors if name not in expected]
     if missing or extra:
@@ -96,10 +98,9 @@ def check_shapes(
                 why=f"expected {list(expected[name])}",
                 fix=RESTORE,
             )
-        if tensor.is_floating_point():
-            bad = int((tensor.isnan() if name == "threshold" else ~tensor.isfinite()).sum())
-            if bad:
-                raise FormatError(f"{file}: {name} holds {bad} values that are NaN or infinite", fix=RESTORE)
+        bad = count_bad(tensor, allow_infinite=name == "threshold")
+        if bad:
+            raise FormatError(f"{file}: {name} holds {bad} values that are NaN or infinite", fix=RESTORE)
 
 
 def unit_rows(W_dec_FD: Tensor) -> bool:
@@ -234,13 +235,13 @@ def restore(foreign: Foreign, plain: SAE, write: Callable[[SAE], Foreign]) -> SA
 
 def _same(again: Foreign, foreign: Foreign) -> bool:
     """Equal in tensors, and in the config but for the side channel itself."""
-    import torch
+    from saehub.checkpoint.stream import equal
 
     ours, theirs = ({key: value for key, value in side.config.items() if key != SIDE_CHANNEL} for side in (again, foreign))
     if ours != theirs or again.tensors.keys() != foreign.tensors.keys():
         return False
     pairs = [(again.tensors[name], foreign.tensors[name]) for name in again.tensors]
-    return all(a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b) for a, b in pairs)
+    return all(equal(a, b) for a, b in pairs)
 
 
 def local_shape(model: Mapping[str, Any]) -> ModelShape | None:

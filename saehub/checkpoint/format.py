@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from saehub.checkpoint.config import SAEConfig
 from saehub.errors import FormatError, UsageError
-from saehub.jsonio import hash_json, sha256_file, sha256_tensor, write_json_atomic
+from saehub.jsonio import hash_json, sha256_file, write_json_atomic
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,6 +35,7 @@ def save(sae: SAE, path: str | Path, *, probe: Probe | None = None, overwrite: b
     """
     from saehub import __version__
     from saehub.checkpoint.registry import provider
+    from saehub.checkpoint.stream import tensor_hash
 
     path = Path(path)
     if (path / HEADER).exists() and not overwrite:
@@ -45,7 +46,7 @@ def save(sae: SAE, path: str | Path, *, probe: Probe | None = None, overwrite: b
     about = _plain({"config": sae.config.to_json(), "provenance": {**sae.provenance, **provenance}})
     path.mkdir(parents=True, exist_ok=True)
     (path / HEADER).unlink(missing_ok=True)  # from here on the folder is incomplete, until the header is back
-    entries = {name: {"dtype": _dtype(t), "shape": list(t.shape), "sha256": sha256_tensor(t)} for name, t in tensors.items()}
+    entries = {name: {"dtype": _dtype(t), "shape": list(t.shape), "sha256": tensor_hash(t)} for name, t in tensors.items()}
     write_tensors(path / WEIGHTS, tensors)
     (path / PROBE).unlink(missing_ok=True)
     header: dict[str, Any] = {
@@ -69,11 +70,11 @@ def save(sae: SAE, path: str | Path, *, probe: Probe | None = None, overwrite: b
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """A safetensors file (with words in its header, if any), written beside and renamed, so that it is whole or absent."""
-    from safetensors.torch import save_file
+    from saehub.checkpoint.stream import write_safetensors
 
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, beside, dict(metadata) if metadata else None)
+        write_safetensors(beside, tensors, metadata)
         with open(beside, "rb+") as stream:
             os.fsync(stream.fileno())
         os.replace(beside, path)
@@ -93,7 +94,9 @@ def header_hash(header: Mapping[str, Any]) -> str:
 
 def sae_hash(sae: SAE) -> str:
     """`tensors_hash` of an SAE in memory."""
-    return tensors_hash({name: {"sha256": sha256_tensor(tensor)} for name, tensor in sae.tensors().items()})
+    from saehub.checkpoint.stream import tensor_hash
+
+    return tensors_hash({name: {"sha256": tensor_hash(tensor)} for name, tensor in sae.tensors().items()})
 
 
 def _plain(data: dict[str, Any]) -> dict[str, Any]:
@@ -167,6 +170,7 @@ def load(path: str | Path, *, check_hashes: bool = True, device: str = "cpu") ->
     """The SAE in the folder `path` (format v1). Names, shapes, dtypes and lengths are always checked against the header, contents
     against their SHA-256 (and for NaN) unless `check_hashes=False`; anything else than the saved SAE is a FormatError."""
     from saehub.checkpoint.registry import architecture
+    from saehub.checkpoint.stream import tensor_hash
 
     path = Path(path)
     header = read_header(path)
@@ -178,7 +182,7 @@ def load(path: str | Path, *, check_hashes: bool = True, device: str = "cpu") ->
     tensors = read_tensors(path / WEIGHTS, header["tensors"])
     if check_hashes:
         for name, tensor in tensors.items():
-            found = sha256_tensor(tensor)
+            found = tensor_hash(tensor)
             if found != header["tensors"][name]["sha256"]:
                 raise FormatError(
                     f"{path / WEIGHTS}: {name} is not the tensor that was saved",
@@ -270,10 +274,9 @@ def _check_entries(file: Path, header: Mapping[str, Any]) -> None:
 
 
 def _check_finite(name: str, tensor: Tensor, where: str) -> None:
-    if not tensor.is_floating_point():
-        return
-    bad = tensor.isnan() if name == "threshold" else ~tensor.isfinite()
-    count = int(bad.sum())
+    from saehub.checkpoint.stream import count_bad
+
+    count = count_bad(tensor, allow_infinite=name == "threshold")
     if count:
         raise FormatError(
             f"{name} holds {count} values that are NaN or infinite", where=where, fix="train or convert again: such an SAE computes nothing"

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from saehub.data.model import ModelHandle
 
 REPLAY_TOLERANCE = 1e-11
-"""Largest difference of float64 features and reconstructions, relative to the row's largest: summation order, nothing else."""
+"""Largest difference of float64 features and reconstructions, relative to the row's largest, and of margins, relative to the largest
+feature of the probe: summation order, nothing else."""
 ACTIVE_SHARE = 0.9
 """A probe that activates fewer of its rows proves nothing."""
 SITE_TOLERANCE = {"float32": 2e-3, "bfloat16": 6e-2, "float16": 2e-2}
@@ -130,13 +131,16 @@ def _verify_native(report: Report, path: Path, model: ModelHandle | str | None) 
 
 
 def _replay(report: Report, sae: SAE, probe: Probe) -> None:
-    """Recompute the probe and compare; a support difference counts unless the row's stored margin is within rounding."""
+    """Recompute the probe and compare; a support difference counts unless the row's margins, stored and found, are within rounding.
+
+    Margins are compared too: a threshold that moves by a thousandth changes every row's margin, but few rows' latents.
+    """
     import torch
 
     from saehub.checkpoint.probe import answers
 
     with torch.no_grad():
-        values, indices, offsets, reconstruction_ND, _ = answers(sae, probe.x)
+        values, indices, offsets, reconstruction_ND, margin_N = answers(sae, probe.x)
     shape = (probe.rows, sae.config.d_sae)
     worst_feature, flipped = 0.0, 0
     compared_N = torch.ones(probe.rows, dtype=torch.bool)
@@ -149,14 +153,20 @@ def _replay(report: Report, sae: SAE, probe: Probe) -> None:
         scale = max(float(was.abs().max()), float(now.abs().max()), 1e-300)
         if bool(((was != 0) != (now != 0)).any()):
             compared_N[row] = False  # other latents, another reconstruction
-            flipped += float(probe.margin_N[row]) > REPLAY_TOLERANCE * scale  # else a tie within rounding: the margin says why
+            flipped += max(float(probe.margin_N[row]), float(margin_N[row])) > REPLAY_TOLERANCE * scale  # else a tie within rounding
             continue
         worst_feature = max(worst_feature, float((was - now).abs().max()) / scale)
     scale_N = torch.maximum(probe.reconstruction_ND.abs().amax(1), reconstruction_ND.abs().amax(1)).clamp(min=1e-300)
     differences_N = ((probe.reconstruction_ND - reconstruction_ND).abs().amax(1) / scale_N)[compared_N]
     worst_output = float(differences_N.max()) if differences_N.numel() else 0.0
-    detail = f"float64: features within {worst_feature:.1e}, reconstruction within {worst_output:.1e}, {flipped} rows with other latents; mean L0 {probe.mean_l0:.1f}"
-    if flipped or worst_feature > REPLAY_TOLERANCE or worst_output > REPLAY_TOLERANCE:
+    largest = max(float(probe.feature_values.abs().max()) if probe.feature_values.numel() else 0.0, 1e-300)
+    gaps_N = ((probe.margin_N - margin_N).abs() / torch.maximum(probe.margin_N, margin_N).clamp(min=largest))[compared_N]
+    worst_margin = float(gaps_N.max()) if gaps_N.numel() and probe.feature_values.numel() else 0.0
+    detail = (
+        f"float64: features within {worst_feature:.1e}, reconstruction within {worst_output:.1e}, margins within {worst_margin:.1e}, "
+        f"{flipped} rows with other latents; mean L0 {probe.mean_l0:.1f}"
+    )
+    if flipped or max(worst_feature, worst_output, worst_margin) > REPLAY_TOLERANCE:
         report.add(
             "probe replay",
             "failed",
@@ -290,19 +300,19 @@ def _nearest_site(model: ModelHandle, probe: Probe, rows_ND: torch.Tensor) -> tu
 def _verify_certificate(report: Report, path: Path, name: str) -> None:
     """A conversion certificate beside the files: does it still speak of these tensors?"""
     from saehub.checkpoint.certificate import FILE, Certificate
-    from saehub.checkpoint.format import sae_hash
     from saehub.checkpoint.load import codec
+    from saehub.checkpoint.written import drift
 
     if not (path / FILE).is_file():
         return
     try:
         certificate = Certificate.read(path / FILE)
-        now = sae_hash(codec(name)[1].read(path))
+        other = drift(certificate.target, codec(name)[1].read(path))
     except SaehubError as error:
         report.add("certificate", "failed", _one_line(error), error.fix)
         return
-    if certificate.target.get("tensors_hash") != now:
-        report.add("certificate", "failed", f"{FILE} speaks of other tensors: the files were changed after the conversion", "convert again")
+    if other:
+        report.add("certificate", "failed", f"{FILE} speaks of {other}: the files were changed after the conversion", "convert again")
     else:
         report.add("certificate", "ok" if certificate.passed else "inconclusive", f"these tensors: {certificate.outcome}")
 
