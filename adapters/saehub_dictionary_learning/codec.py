@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saehub.checkpoint.foreign import SIDE_CHANNEL, Unsayable, folds_of, is_map_with, read_config, unit_rows
+from saehub.checkpoint.foreign import RESTORE, SIDE_CHANNEL, Unsayable, folds_of, is_map_with, read_config, unit_rows
 from saehub.errors import Caution, CheckFailed, FormatError
 from saehub_dictionary_learning import pickled
 from saehub_dictionary_learning.mapping import from_dictionary_learning, stored, to_dictionary_learning
@@ -44,7 +44,7 @@ class DictionaryLearningFormat:
             return from_dictionary_learning(config, found, file)
         except FormatError as error:
             where = "" if str(path) in error.what else f"{path}: "
-            raise FormatError(f"{where}{error.what}", where=error.where, why=error.why, fix=error.fix, said=error.said) from error
+            raise FormatError(f"{where}{error.what}", where=error.where, why=error.why, fix=error.fix or RESTORE, said=error.said) from error
 
     def folds(self, path: Path) -> list[str]:
         """What `read` folds into the tensors of this folder: nothing, unless it is a backup for rows divided by a norm."""

@@ -48,10 +48,12 @@ def _check_archive(file: Path) -> None:
             for entry in archive.infolist():
                 if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > size:
                     raise FormatError(
-                        f"{file}: {entry.filename} is compressed", why=f"{entry.file_size} bytes unpacked; torch.save compresses nothing"
+                        f"{file}: {entry.filename} is compressed",
+                        why=f"{entry.file_size} bytes unpacked; torch.save compresses nothing",
+                        fix=RESTORE,
                     )
                 if entry.filename.endswith("data.pkl") and entry.file_size > MAX_PICKLE_BYTES:
-                    raise FormatError(f"{file}: {entry.filename} has {entry.file_size} bytes", why="no state dict needs that many")
+                    raise FormatError(f"{file}: {entry.filename} has {entry.file_size} bytes", why="no state dict needs that many", fix=RESTORE)
                 with archive.open(entry) as stream:
                     while stream.read(1 << 20):  # reading to the end compares the checksum
                         pass

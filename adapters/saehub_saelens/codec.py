@@ -7,6 +7,7 @@ from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from saehub.checkpoint.foreign import RESTORE
 from saehub.errors import CheckFailed, FormatError
 from saehub_saelens import training
 from saehub_saelens.mapping import Foreign, Unsayable, from_saelens, to_saelens
@@ -56,7 +57,7 @@ class SAELensFormat:
         try:
             return from_saelens(Foreign(config, tensors, _scaler(path, config, tensors)))
         except FormatError as error:
-            raise FormatError(f"{path}: {error.what}", where=error.where, why=error.why, fix=error.fix) from error
+            raise FormatError(f"{path}: {error.what}", where=error.where, why=error.why, fix=error.fix or RESTORE) from error
 
     def folds(self, path: Path) -> list[str]:
         """What `read` folds into the tensors of this folder: nothing, unless it is a training checkpoint."""

@@ -222,7 +222,7 @@ def to_saelens(sae: SAE) -> Foreign:
     word = WRITABLE.get((architecture, c.kind))
     if word is None:
         kinds = [kind for ours, kind in WRITABLE if ours == architecture]
-        raise Unsayable(f"SAELens has no {c.architecture} {c.kind}" + (f", only a {' and a '.join(kinds)}" if kinds else ""))
+        raise Unsayable(f"SAELens has no {c.architecture} {c.kind}" + (f", only as {' and '.join(kinds)}" if kinds else ""))
     if c.kind == "autoencoder" and c.norm_out != c.norm_in:
         raise Unsayable(f"SAELens undoes {c.norm_in} on the output, this SAE does not")
     foreign = Foreign({}, sae.tensors())

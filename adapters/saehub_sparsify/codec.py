@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saehub.checkpoint.foreign import SIDE_CHANNEL, Foreign, Unsayable, folds_of, is_map_with, read_config
+from saehub.checkpoint.foreign import RESTORE, SIDE_CHANNEL, Foreign, Unsayable, folds_of, is_map_with, read_config
 from saehub.errors import CheckFailed, FormatError
 from saehub_sparsify import names
 from saehub_sparsify.mapping import from_sparsify, to_sparsify
@@ -46,7 +46,7 @@ class SparsifyFormat:
             return from_sparsify(Foreign(config, tensors, _beside(folder / WEIGHTS)), folder)
         except FormatError as error:
             where = "" if str(folder) in error.what else f"{folder}: "
-            raise FormatError(f"{where}{error.what}", where=error.where, why=error.why, fix=error.fix) from error
+            raise FormatError(f"{where}{error.what}", where=error.where, why=error.why, fix=error.fix or RESTORE) from error
 
     def folds(self, path: Path) -> list[str]:
         """What `read` folds into the tensors of this folder: nothing, unless its encoder subtracts b_dec beside a skip path or as a transcoder."""

@@ -61,6 +61,7 @@ def convert(
     """
     from saehub.checkpoint.inputs import open_model
     from saehub.checkpoint.load import _unknown, codec, find_format, locate, record_origin
+    from saehub.checkpoint.written import mistakes
 
     path, origin = locate(src)
     dst = Path(dst)
@@ -94,10 +95,14 @@ def convert(
         _note_tensors(certificate, source.sae, target.sae, notes)
         folds = getattr(source.codec, "folds", lambda path: [])(source.path)  # what reading had to fold, as from a training checkpoint
         certificate.folded = [*(f"on reading: {fold}" for fold in folds), *certificate.folded]
-        if verify:
+        wrong = mistakes(source.sae, target.sae, certificate.changed, notes)
+        if verify and (allow_lossy or not wrong):
             _certify(certificate, source, target, model, seed, invoke)
         else:
             certificate.outcome, certificate.reason = UNVERIFIED, "asked not to verify"
+        if wrong:
+            more = [certificate.reason] if certificate.outcome == REFUSED else []
+            certificate.outcome, certificate.reason = REFUSED, "; ".join([*wrong, *more])
         if certificate.outcome == REFUSED and allow_lossy:
             certificate.outcome = LOSSY
         if certificate.outcome == REFUSED:
@@ -131,10 +136,13 @@ class _Side:
     def about(self, shown: str | Path) -> dict[str, Any]:
         from saehub import __version__
         from saehub.checkpoint.format import sae_hash
+        from saehub.checkpoint.written import identity
 
         versions = self.registered.library_versions() if self.registered else {"saehub": __version__}
         found: dict[str, Any] = {"path": str(shown), "format": self.name, "versions": versions}
-        return found | ({"tensors_hash": sae_hash(self.sae), "architecture": self.sae.config.architecture} if self.sae else {})
+        if self.sae is None:
+            return found
+        return found | {"tensors_hash": sae_hash(self.sae), "architecture": self.sae.config.architecture, **identity(self.sae)}
 
     def probe(self) -> Probe | None:
         """The golden probe, where this side is in the hub's own format and has one."""
@@ -248,12 +256,15 @@ def _refused(certificate: Certificate, reason: str, sae: SAE, *, but: str) -> Re
 def _kept_original(path: Path, side: _Side) -> SAE | None:
     """The source tensors that an earlier `--keep-original` put beside, if the folder is still what that conversion wrote."""
     from saehub.checkpoint import format as v1
+    from saehub.checkpoint.written import drift
 
     if not v1.is_checkpoint(path / ORIGINAL) or not (path / FILE).is_file():
         return None
-    if Certificate.read(path / FILE).target.get("tensors_hash") != v1.sae_hash(side.codec.read(path)):
+    other = drift(Certificate.read(path / FILE).target, side.codec.read(path))
+    if other:
         raise FormatError(
             f"{path} was changed after its conversion, but {ORIGINAL}/ beside it was not",
+            why=f"{FILE} speaks of {other}",
             fix=f"remove {path / ORIGINAL} to convert what is there now",
         )
     return v1.load(path / ORIGINAL)
