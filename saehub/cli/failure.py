@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from saehub.cli.talk import State, clean, out_json, plain, say, style
+from saehub.cli.talk import State, clean, out_json, out_json_line, plain, say, style
 from saehub.errors import Interrupted, MissingDependency, RecipeError, SaehubError, StageFailed, UsageError
 
 OK, FAILED, USAGE, MISSING, STAGE, INTERRUPTED = 0, 1, 2, 3, 4, 130
@@ -38,7 +38,10 @@ def tell(error: BaseException, state: State) -> int:
     show(known)
     if state.json:
         with suppress(BrokenPipeError):
-            out_json({"error": to_json(known)})
+            if state.lines:
+                out_json_line({"kind": "error", "error": to_json(known)})
+            else:
+                out_json({"error": to_json(known)})
     return known.exit_code
 
 

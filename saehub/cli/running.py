@@ -7,7 +7,9 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
-from saehub.cli.talk import SCHEMA, clean, interactive, out_json_line, say, style
+import click
+
+from saehub.cli.talk import SCHEMA, State, clean, interactive, out_json_line, say, style
 from saehub.errors import Interrupted, SaehubError
 from saehub.report import numbers
 
@@ -19,9 +21,12 @@ if TYPE_CHECKING:
 def run_plan(plan: Plan, *, recipe_text: str | None = None, as_json: bool = False, quiet: bool = False) -> int:
     """Run and print (`quiet`: without results and farewell); errors of stages are raised by the pipeline and told by `failure`."""
     from saehub.cli.failure import OK
+    from saehub.jsonio import read_json
+    from saehub.pipeline.evaluate import measurement
     from saehub.pipeline.run import run
 
     if as_json:
+        click.get_current_context().ensure_object(State).lines = True
         result = run(plan, (json_line,), recipe_text=recipe_text)
         if not quiet:
             out_json_line(summary(result))
@@ -37,6 +42,10 @@ def run_plan(plan: Plan, *, recipe_text: str | None = None, as_json: bool = Fals
     except SaehubError:
         finished = plan.run_dir / "report.html"
         if finished.is_file():
+            measured = [measurement(row) for row in read_json(plan.run_dir / "results.json")["measurements"]]
+            if measured and not quiet:
+                say()
+                render.results(measured)
             say(f"what is finished is kept and reported: {finished}\n")
         raise
     if not quiet:
@@ -94,23 +103,21 @@ def metrics_text(metrics: dict[str, float]) -> str:
 
 
 class Pace:
-    """Progress events in; how fast each stage is and how long it still takes, out: over the last 20 seconds of work."""
+    """Progress events in; how fast each stage is and how long it still takes, out: on average since this process began it.
 
-    WINDOW = 20.0
+    Work comes in blocks (a long forward pass, then many quick steps), so that a shorter window would swing between the two.
+    """
 
     def __init__(self) -> None:
-        self._seen: dict[str | None, list[tuple[float, float, float]]] = {}
+        self._first: dict[str | None, tuple[float, float, float]] = {}
 
     def text(self, event: Any) -> str:
         """`12.3k tokens/s · 1 min 02 s to go`; empty until two events were seen."""
         done, total, unit = extent(event.data)
         if done is None:
             return ""
-        history = self._seen.setdefault(event.stage, [])
-        history.append((event.t, done, event.data.get("rows") or 0))
-        while len(history) > 2 and event.t - history[1][0] > self.WINDOW:
-            history.pop(0)
-        (t0, done0, rows0), (t1, done1, rows1) = history[0], history[-1]
+        t1, done1, rows1 = event.t, done, event.data.get("rows") or 0
+        t0, done0, rows0 = self._first.setdefault(event.stage, (t1, done1, rows1))
         if t1 <= t0 or done1 <= done0:
             return ""
         words = []

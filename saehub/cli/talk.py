@@ -25,6 +25,8 @@ class State:
 
     json: bool = False
     """`--json` was given: a failure is then also an object on stdout."""
+    lines: bool = False
+    """stdout is one JSON object a line: a failure is the last line."""
 
 
 def colour(stream: TextIO) -> bool:

@@ -160,7 +160,7 @@ class _Planner:
             raise RecipeError(
                 f"{len(self.problems)} problem{'s' if len(self.problems) > 1 else ''} in the plan of {recipe.name}",
                 self.problems,
-                fix=f"edit the recipe, then: saehub recipe plan {recipe.name}",
+                fix="edit the recipe (or what --set says), then plan it again",
             )
         totals = self._totals()
         run_key = keys.stage_key("run", name=recipe.name, stages=[stage.key for stage in self.stages])
@@ -199,7 +199,7 @@ class _Planner:
         try:
             shape = read_shape(entry.name, entry.revision, entry.shape)
         except SaehubError as error:
-            self._caught("model", error)
+            self._caught("model.name", error)
             return spec, None, None
         try:
             found = fingerprint(spec)
@@ -311,7 +311,7 @@ class _Planner:
             registered, config = self._component("trainer", entry.uses, entry.with_, path)
             target = self._canonical(entry.target_site)
             absent = [name for name in (site, target) if name is not None and name not in self.widths]
-            if absent:
+            if absent and set(map(self._canonical, self.recipe.extract.sites)) <= set(self.widths):  # else that was said already
                 self._problem(f"{path}.site", f"{absent[0]} is not extracted", f"extract.sites: [{', '.join([*self.widths, absent[0]])}]")
             if registered is None or absent:
                 continue
@@ -334,9 +334,8 @@ class _Planner:
                 self._problem(f"{path}.with.batch", f"one batch of {batch} rows is more than the {rows} rows of the stream", "fewer rows a batch, or more data.train.tokens")
                 continue
             for problem in config.check(job) if hasattr(config, "check") else ():
-                name, colon, message = str(problem).partition(": ")
-                inside = bool(colon) and hasattr(config, name)
-                self._problem(f"{path}.with.{name}" if inside else f"{path}.with", message if inside else str(problem))
+                knob = str(problem).split()[0].rstrip(":")  # `k is 99, …`: the problem belongs to that setting
+                self._problem(f"{path}.with.{knob}" if hasattr(config, knob) else f"{path}.with", str(problem))
             made.append(self._train_stage(registered, config, job, entry))
         self.stages += made
         return made

@@ -61,6 +61,7 @@ def run(plan: Plan, listeners: Iterable[Listener] = (), *, recipe_text: str | No
     for stage in plan.stages:
         if stage.component and not stage.cached:
             plan.catalog.require(plan.catalog.find(_kind_of(stage), stage.component))
+    _refusals(plan)
     events = Events(listeners)
     _open_run_dir(plan, recipe_text)
     log = EventLog(plan.run_dir / "events.jsonl")
@@ -99,6 +100,35 @@ def _ready(plan: Plan) -> Plan:
     resolve_device(plan.model.device)
     # Keys hold the commit that the name stands for, which is known only now.
     return make_plan(plan.recipe, plan.catalog, base=plan.base, out=plan.out) if fetched else plan
+
+
+def _refusals(plan: Plan) -> None:
+    """Exports that cannot work, before hours of training: each exporter is shown a small SAE of the architecture and kind that will be trained."""
+    from saehub.checkpoint.load import codec
+    from saehub.checkpoint.registry import BUILT_IN
+    from saehub.errors import RecipeError
+    from saehub.pipeline.plan import PlanProblem
+    from saehub.testing.saes import random_sae
+
+    known = {entry.name for entry in BUILT_IN}
+    problems = []
+    for stage in plan.of("export"):
+        subject = plan.stage(stage.spec["subject"])
+        job, config = subject.spec.get("job"), subject.spec.get("config")
+        if stage.cached or subject.kind != "train" or getattr(config, "architecture", str)() not in known:
+            continue
+        transcoder = job.target_site is not None
+        fields = {"kind": "transcoder" if transcoder else "autoencoder", "subtract_b_dec": not transcoder}
+        width = 16 if job.d_in == job.d_out else 20
+        sae = random_sae(config.architecture(), d_out=width, **fields)
+        sae.provenance |= {"site": job.site, "target_site": job.target_site}
+        reason = getattr(codec(stage.component)[1], "refusal", lambda sae: None)(sae)
+        if reason:
+            others = ", ".join(other for other in plan.catalog.components("exporter") if other != stage.component)
+            fix = f"export[].saes: leave {job.id} out, or another format of: {others}"
+            problems.append(PlanProblem(stage.id, f"{job.id} will be a {config.architecture()} {fields['kind']}: {reason}", fix))
+    if problems:
+        raise RecipeError(f"{len(problems)} export{'s' if len(problems) > 1 else ''} could not be written; nothing was started", problems)
 
 
 def _kind_of(stage: Stage) -> str:

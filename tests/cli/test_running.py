@@ -88,14 +88,13 @@ def test_every_kind_is_in_this_test():
     assert set(KINDS) == told
 
 
-def test_pace_is_that_of_the_last_seconds():
+def test_pace_is_the_average_since_the_stage_began():
+    """A block of forward passes (here 10 s) stands between steps: the average does not swing with it."""
     pace = Pace()
     assert pace.text(progress("a", 1, 0.0)) == ""
     assert pace.text(progress("a", 2, 10.0)) == "100 tokens/s · 16 min 20 s to go"
-    for i in range(3, 40):
-        words = pace.text(progress("a", i, 10.0 + (i - 2)))
-    assert words == "1k tokens/s · 1 min 01 s to go"
-    assert pace.text(progress("a", 100, 200.0)).endswith("tokens/s")
+    assert pace.text(progress("a", 11, 10.0)) == "1k tokens/s · 1 min 29 s to go"
+    assert pace.text(progress("a", 21, 20.0)) == "1k tokens/s · 1 min 19 s to go"
 
 
 def test_a_stage_that_only_tells_a_share():

@@ -114,3 +114,18 @@ def test_ctrl_c_saves_and_says_so(toy, tmp_path):
     _, told = process.communicate(timeout=120)
     assert process.returncode == 130, told
     assert "saved" in told and "same command" in told and "Traceback" not in told, told
+
+
+def test_an_export_that_cannot_work_is_refused_before_training(toy, tmp_path):
+    """SAELens has no TopK transcoder: known from the recipe, so nothing is trained first."""
+    path = write(toy, "sites: [resid_post.0]", "sites: [resid_post.0, mlp_out.1]")
+    path.write_text(path.read_text().replace("{id: a,", "{id: a, site: resid_post.0, target_site: mlp_out.1,") + "export: [{uses: saelens}]\n")
+    result = saehub(tmp_path, "recipe", "run", path)
+    assert result.returncode == 2, result.stderr
+    assert "export/saelens/a" in result.stderr and "nothing was started" in result.stderr and "sparsify" in result.stderr
+    assert not list((tmp_path / "store").glob("tokens/*"))
+
+
+def test_a_home_that_cannot_be_made(toy):
+    result = saehub(Path("/proc/nowhere"), "recipe", "run", write(toy))
+    assert result.returncode == 4 and "SAEHUB_HOME" in result.stderr and "bug" not in result.stderr, result.stderr
