@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 # Both measured: LR_SHORT by tests/benchmarks/topk_quality.py (the best rate fell as 1/√steps between 200 and 4,000 steps, on planted and on real
 # rows), LR_LONG by Gao et al. (2024, fig. 3) on long runs, as 2e-4 at 2^14 latents.
-LR_SHORT, LR_LONG, LR_MAX = 10.0, 0.0256, 0.02
+LR_SHORT, LR_LONG, LR_MAX = 8.0, 0.0256, 0.0125
 DEAD_ROWS = 10_000_000
 
 

@@ -318,8 +318,8 @@ def test_warm_start_begins_with_the_checkpoint(tmp_path):
 
 def test_the_learning_rate_rule_falls_with_width_and_steps_and_has_both_ends():
     config = TopKConfig(k=6, width=1280)
-    assert config.peak_lr(make_job(steps=1000)) == pytest.approx(10 / (1280 * 1000) ** 0.5)
-    assert config.peak_lr(make_job(steps=1)) == 0.02
+    assert config.peak_lr(make_job(steps=1000)) == pytest.approx(8 / (1280 * 1000) ** 0.5)
+    assert config.peak_lr(make_job(steps=1)) == 0.0125
     assert config.peak_lr(make_job(steps=10**7)) == pytest.approx(2e-4 / (1280 / 2**14) ** 0.5, rel=1e-3)
     assert TopKConfig(k=6, width=4 * 1280).peak_lr(make_job(steps=1000)) == pytest.approx(config.peak_lr(make_job(steps=1000)) / 2)
     assert TopKConfig(k=6, lr=0.5).peak_lr(make_job()) == 0.5
