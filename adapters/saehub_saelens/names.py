@@ -68,6 +68,8 @@ def metadata(provenance: dict[str, Any]) -> dict[str, Any]:
 
 
 def _lens_name(site: Site, shape: ModelShape | None) -> str | None:
+    if shape is None and site.kind is None:
+        return None  # the same module path is another tensor in another family
     try:
         return site.names(shape or _ANY)["transformer_lens"]
     except SaehubError:

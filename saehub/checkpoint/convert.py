@@ -61,7 +61,7 @@ def convert(
     """
     from saehub.checkpoint.inputs import open_model
     from saehub.checkpoint.load import _unknown, codec, find_format, locate, record_origin
-    from saehub.checkpoint.written import mistakes
+    from saehub.checkpoint.written import lost_sites, mistakes
 
     path, origin = locate(src)
     dst = Path(dst)
@@ -95,6 +95,7 @@ def convert(
         _note_tensors(certificate, source.sae, target.sae, notes)
         folds = getattr(source.codec, "folds", lambda path: [])(source.path)  # what reading had to fold, as from a training checkpoint
         certificate.folded = [*(f"on reading: {fold}" for fold in folds), *certificate.folded]
+        certificate.dropped += lost_sites(source.sae, target.sae)
         wrong = mistakes(source.sae, target.sae, certificate.changed, notes)
         if verify and (allow_lossy or not wrong):
             _certify(certificate, source, target, model, seed, invoke)

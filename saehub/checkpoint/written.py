@@ -26,9 +26,15 @@ def mistakes(source: SAE, target: SAE, changed: Sequence[str], notes: Mapping[st
     found = [f"{', '.join(broken)} read back changed, and the writer says nothing of it"] if broken else []
     for key in SITES:
         was, now = _name(source.provenance, key), _name(target.provenance, key)
-        if now is not None and (was is None or _canonical(now) != _canonical(was)):
+        if now is not None and (was is None or _canonical(now, source) != _canonical(was, source)):
             found.append(f"the target says that its {key} is {now}, the source {'says none' if was is None else f'says {was}'}")
     return found
+
+
+def lost_sites(source: SAE, target: SAE) -> list[str]:
+    """Sites that the target does not say: its format has no place for them."""
+    names = [(key, _name(source.provenance, key)) for key in SITES]
+    return [f"{key} {name}" for key, name in names if name is not None and _name(target.provenance, key) is None]
 
 
 def identity(sae: SAE) -> dict[str, Any]:
@@ -58,13 +64,14 @@ def _name(provenance: Mapping[str, Any], key: str) -> str | None:
     return provenance.get(key) or provenance.get(f"unknown_{key}") or None
 
 
-def _canonical(name: str) -> str:
-    """One of the names of a tensor: `model.layers.6:out` and `resid_post.6` are the same."""
+def _canonical(name: str, sae: SAE) -> str:
+    """One of the names of a tensor: `model.layers.6:out` and `resid_post.6` are the same, in a model whose family is known."""
     from saehub.api import ModelShape
+    from saehub.checkpoint.foreign import local_shape
     from saehub.sites import Site
 
-    any_model = ModelShape("other", n_layers=10**6, d_model=1, d_mlp=1, n_heads=1, d_head=1, vocab=1, context=1)
+    unknown = ModelShape("other", n_layers=10**6, d_model=1, d_mlp=1, n_heads=1, d_head=1, vocab=1, context=1)
     try:
-        return str(Site.from_foreign(str(name), any_model))
+        return str(Site.from_foreign(str(name), local_shape(sae.provenance.get("model") or {}) or unknown))
     except SaehubError:
         return str(name)

@@ -92,12 +92,18 @@ def subjects() -> dict[str, SAE]:
 
 @lru_cache(maxsize=1)
 def layouts() -> dict[str, Callable[[Path], Any]]:
-    """Published folders, as the tests of the read-only formats write them with numpy and torch alone."""
-    spec = spec_from_file_location("published_layouts", ROOT / "tests/plugins/test_formats/conftest.py")
-    module = module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module.LAYOUTS
+    """Published folders, as the tests of the read-only formats write them with numpy and torch alone, and those of trained.py."""
+    return by_path(ROOT / "tests/plugins/test_formats/conftest.py").LAYOUTS | by_path(Path(__file__).with_name("trained.py")).CASES
+
+
+def by_path(file: Path) -> Any:
+    """A module outside any package, imported once."""
+    name = f"saehub_conversion_{file.parent.name}_{file.stem}"
+    if name not in sys.modules:
+        spec = spec_from_file_location(name, file)
+        sys.modules[name] = module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
 
 
 def short(address: str) -> str:
@@ -226,11 +232,10 @@ def convert_subject(name: str, folder: Path, invoke: Any) -> list[Cell]:
 
 
 def convert_layout(name: str, folder: Path, invoke: Any) -> list[Cell]:
-    """One published folder to every writable format but its own."""
-    folder.mkdir(parents=True)
-    case = layouts()[name](folder)
-    targets = [target for target in writable() if target != short(case.address)]
-    return [try_convert(name, short(case.address), target, case.path, folder / f"to-{target}", invoke) for target in targets]
+    """One published folder to every writable format: its own too, which may say it in today's words."""
+    (folder / "source").mkdir(parents=True)
+    case = layouts()[name](folder / "source")
+    return [try_convert(name, short(case.address), target, case.path, folder / f"to-{target}", invoke) for target in writable()]
 
 
 def everything(folder: Path, invoke: Any) -> Iterator[Cell]:
@@ -255,7 +260,7 @@ class Notes:
 def table(cells: list[Cell]) -> str:
     """Markdown: a row per SAE and per sources that fare alike, a column per target; then the reasons."""
     notes, targets = Notes(), writable()
-    published = set(layouts())
+    published = set(layouts())  # set in code: a folder of a library, not one of our subjects
     lines = ["| SAE | from | " + " | ".join(targets) + " |", "|---|---|" + "---|" * len(targets)]
     counts: dict[str, int] = {}
     for name in dict.fromkeys(cell.subject for cell in cells):
@@ -274,7 +279,7 @@ def table(cells: list[Cell]) -> str:
             else:
                 groups.append(([source], row))
         for sources, row in groups:
-            shown = f"published `{name}`" if name in published else name
+            shown = f"`{name}`" if name in published else name
             lines.append(f"| {shown} | {', '.join(sources)} | " + " | ".join(row.get(target, "") for target in targets) + " |")
     total = ", ".join(f"{counts[word]} {word}" for word in (LIBRARY, EQUATION, REFUSED) if word in counts)
     reasons = [f"{number}. {reason}" for reason, number in notes.numbers.items()]
