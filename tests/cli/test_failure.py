@@ -249,7 +249,7 @@ def test_ctrl_c_is_130():
 
 def test_a_terminal_without_unicode_gets_question_marks(tmp_path, fake_run):
     fake_run.write(tmp_path / "runs" / "a")
-    done = program("runs", "show", "a", env={"PYTHONIOENCODING": "ascii", "SAEHUB_HOME": str(tmp_path)})
+    done = program("runs", "show", "a", env={"PYTHONIOENCODING": "ascii", "SAEHUB_HOME": str(tmp_path), "COLUMNS": "160"})
     out, err = done.communicate(timeout=60)
     assert done.returncode == 0, err
     assert "0.1293 ? 0.0021" in out
