@@ -1,7 +1,8 @@
 """SAEs of every architecture in; what becomes of each between every ordered pair of formats out, as cells and as the table of adapters/README.md.
 
     python tests/conversion/matrix.py            prints the table
-    python tests/conversion/matrix.py --write    puts it into adapters/README.md
+    python tests/conversion/matrix.py --write    puts it, and the table of faults, into adapters/README.md
+    python tests/conversion/matrix.py --faults   the table of faults alone: nothing is converted
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from saehub.testing.saes import D_IN, random_sae
 ROOT = Path(__file__).parents[2]
 README = ROOT / "adapters" / "README.md"
 START, END = "<!-- matrix: python tests/conversion/matrix.py --write -->", "<!-- end of the matrix -->"
+FAULTS_START, FAULTS_END = "<!-- faults: python tests/conversion/matrix.py --faults -->", "<!-- end of the faults -->"
 TRANSCODER = {"kind": "transcoder", "subtract_b_dec": False}
 SKIP = {"kind": "skip_transcoder", "subtract_b_dec": False}
 WIDER = {"d_out": D_IN + 4}
@@ -289,18 +291,32 @@ def table(cells: list[Cell]) -> str:
 def _word(cell: Cell, notes: Notes) -> str:
     if cell.outcome == REFUSED:
         return f"– {notes.number(cell.reason)}"
-    return cell.outcome + (" (folded)" if cell.folded else "")
+    on_reading = bool(cell.certificate and any(fold.startswith("on reading") for fold in cell.certificate.folded))
+    return cell.outcome + (" (folded)" if cell.folded or on_reading else "")
+
+
+def committed(start: str, end: str) -> str:
+    """What stands between two markers of adapters/README.md."""
+    return README.read_text().partition(start)[2].partition(end)[0].strip()
+
+
+def commit(start: str, end: str, text: str) -> None:
+    """Put `text` between them."""
+    before, _, rest = README.read_text().partition(start)
+    README.write_text(f"{before}{start}\n\n{text}\n\n{end}{rest.partition(end)[2]}")
 
 
 def main() -> None:
-    """Print or write the table."""
+    """Print or write the tables."""
     torch.set_num_threads(1)
+    if {"--write", "--faults"} & set(sys.argv):
+        commit(FAULTS_START, FAULTS_END, by_path(Path(__file__).with_name("faults.py")).table())
+    if "--faults" in sys.argv:
+        return
     with tempfile.TemporaryDirectory() as folder, Workers() as invoke:
         text = table(list(everything(Path(folder), invoke)))
     if "--write" in sys.argv:
-        before, _, rest = README.read_text().partition(START)
-        _, _, after = rest.partition(END)
-        README.write_text(f"{before}{START}\n\n{text}\n\n{END}{after}")
+        commit(START, END, text)
     else:
         print(text)
 

@@ -306,3 +306,7 @@ def test_at_least_twenty_five_faults_and_every_detector():
     listed = [fault for group in faults.ALL.values() for fault in group.values()]
     assert len(listed) >= 25 and {fault.detector for fault in listed} == set(faults.DETECTORS)
     assert issubclass(FormatError, SaehubError)
+
+
+def test_the_table_in_the_readme_is_this_one(matrix):
+    assert matrix.committed(matrix.FAULTS_START, matrix.FAULTS_END) == faults.table(), "python tests/conversion/matrix.py --faults"
