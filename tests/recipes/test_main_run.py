@@ -16,7 +16,7 @@ def found(tmp_path_factory) -> dict:
     """What `main_run.py` measured, in a process of its own (dictionary_learning imports nnsight, which changes torch)."""
     folder = tmp_path_factory.mktemp("main")
     environment = {**os.environ, "SAEHUB_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
-    command = [sys.executable, str(BENCHMARK), "--lrs", "1,4", "--json", str(folder / "found.json")]
+    command = [sys.executable, str(BENCHMARK), "--lrs", "10", "--json", str(folder / "found.json")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-4000:]
     print(done.stdout)
@@ -42,7 +42,7 @@ def test_the_evaluator_and_the_benchmark_agree(found):
 
 
 def test_not_worse_than_dictionary_learning(found):
-    """At its default learning rate and at four times that (better here), the peer's FVU times 1.05 is not reached."""
+    """At ten times its default learning rate, the best of a sweep over 1, 4 and 10: not above 1.05 times its FVU."""
     assert found["fvu_over_best_peer"] <= 1.05, found["table"]
 
 
