@@ -328,3 +328,29 @@ def test_the_learning_rate_rule_falls_with_width_and_steps_and_has_both_ends():
 def test_dead_rows_scale_with_the_run():
     assert [TopKConfig(k=6, batch=100).dead_rows(make_job(rows=rows)) for rows in (1000, 64_000, 10**10)] == [800, 2000, 10_000_000]
     assert TopKConfig(k=6, dead_after=7).dead_rows(make_job()) == 7
+
+
+def test_the_memory_that_a_plan_states_covers_what_training_takes():
+    """Peak resident growth of a fresh process over three steps of a wide dictionary, all latents dead from the second on."""
+    code = """
+import resource, sys, torch
+from saehub.api import Job
+from saehub_native.config import TopKConfig
+from saehub_native.train import NativeTrainer
+torch.set_num_threads(1)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def train(width, d, batch):
+    config = TopKConfig(k=8, width=width, batch=batch, calibration=512, dead_after=1)
+    job = Job("j", "resid_post.0", None, d, d, 3, batch, 3 * batch, 0)
+    x = torch.randn(3 * batch, d)
+    before = peak()
+    session = NativeTrainer(config).open(job, lambda n: (x[:n], None))
+    for step in range(3):
+        session.since_fired_F += 5
+        session.step(x[step * batch : (step + 1) * batch])
+    return peak() - before, config.memory(job)
+train(64, 16, 64)
+took, stated = train(16384, 256, 512)
+assert 0.4 * stated < took < 1.1 * stated, (took / 2**20, stated / 2**20)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
