@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from saehub.errors import SaehubError
+from saehub.pipeline.environment import peak_resident
 from saehub.pipeline.keys import plain_config
 
 if TYPE_CHECKING:
@@ -89,9 +90,4 @@ def peak_memory(device: str) -> int | None:
         import torch
 
         return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-        import sys
-    except ImportError:  # Windows
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return peak_resident()

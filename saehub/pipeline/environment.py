@@ -48,3 +48,21 @@ def differences(recorded: dict[str, Any], now: dict[str, Any]) -> list[str]:
     found = [f"{name}: {recorded.get(name)} -> {now.get(name)}" for name in names if recorded.get(name) != now.get(name)]
     before, after = recorded.get("libraries", {}), now.get("libraries", {})
     return found + [f"{name}: {before.get(name)} -> {after.get(name)}" for name in sorted({*before, *after}) if before.get(name) != after.get(name)]
+
+
+def peak_resident() -> int | None:
+    """Bytes: the largest resident size of this process so far; None where the system does not say.
+
+    Linux's `VmHWM` begins anew with every program, whereas `ru_maxrss` is inherited: a small program started by a large one would report
+    the large one's peak.
+    """
+    try:
+        with open("/proc/self/status", encoding="ascii") as status:
+            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        pass
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -333,12 +333,12 @@ def test_dead_rows_scale_with_the_run():
 def test_the_memory_that_a_plan_states_covers_what_training_takes():
     """Peak resident growth of a fresh process over three steps of a wide dictionary, all latents dead from the second on."""
     code = """
-import resource, sys, torch
+import torch
 from saehub.api import Job
+from saehub.pipeline.environment import peak_resident as peak
 from saehub_native.config import TopKConfig
 from saehub_native.train import NativeTrainer
 torch.set_num_threads(1)
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 def train(width, d, batch):
     config = TopKConfig(k=8, width=width, batch=batch, calibration=512, dead_after=1)
     job = Job("j", "resid_post.0", None, d, d, 3, batch, 3 * batch, 0)
