@@ -229,6 +229,11 @@ class Trainer(Protocol):
 
     Its config dataclass has `batch: int` and may have torch-free methods, used at plan: `check(job) -> Iterable[str]` (problems; empty
     when it can do the job), `d_sae(job) -> int`, `architecture() -> str`, `memory(job) -> int` (bytes).
+
+    What its user would not know, such as a defect of the library behind it, belongs in one of two optional methods; each sentence is
+    shown once a run as a warning, and stands in the run card and in the checkpoint's provenance:
+    `config.cautions(job) -> Iterable[str]`, known at plan; `session.cautions() -> Iterable[str]`, known when training has ended.
+    `config.inexact_resume(job) -> str | None` says what holds instead, where a resumed run does not end bit-identical.
     """
 
     def __init__(self, config: Any): ...

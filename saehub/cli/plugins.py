@@ -37,9 +37,15 @@ def ls(trace: bool, as_json: bool) -> None:
     if components:
         say()
         render.table(
-            ("component", "kind", "status", "what it does"),
+            ("component", "kind", "status", "library", "what it does"),
             [
-                (item["address"], item["kind"], "ok" if not item["missing"] else f"missing {', '.join(item['missing'])}", item["summary"])
+                (
+                    item["address"],
+                    item["kind"],
+                    "ok" if not item["missing"] else f"missing {', '.join(item['missing'])}",
+                    ", ".join(f"{name} {version}" for name, version in item["libraries"].items()) or item["install"] or "-",
+                    item["summary"],
+                )
                 for item in components
             ],
         )
@@ -82,6 +88,7 @@ def _component(known: object, item: object) -> dict:
         "summary": entry.summary,
         "needs": list(entry.needs),
         "requires": list(entry.requires),
+        "libraries": {name: version for name, version in item.library_versions().items() if name != item.distribution},
         "missing": missing,
         "install": install,
     }

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from saehub.errors import SaehubError
+from saehub.pipeline.cautions import grouped
 from saehub.pipeline.environment import peak_resident
 from saehub.pipeline.keys import plain_config
 
@@ -55,7 +56,7 @@ def run_card(context: Context, done: list[Stage], seconds: float, errors: list[S
         },
         "resume": context.facts["resume"],
         "resume_changes": context.facts.get("resume_changes", []),
-        "warnings": list(plan.warnings),
+        "warnings": [*plan.warnings, *grouped({name.partition("/")[2]: manifest.get("cautions", ()) for name, manifest in manifests.items()})],
     }
 
 

@@ -137,8 +137,18 @@ class Remote:
         wire = self._worker.wire
         return self._worker.ask({"op": "steps", "ref": self._ref, "x": wire.encode(x_ND), "y": wire.encode(y_ND), "batch": batch})
 
+    def offers(self, method: str) -> bool:
+        """Whether the object in the worker has that method."""
+        return self._worker.ask({"op": "offers", "ref": self._ref, "name": method})
+
     def __repr__(self) -> str:
         return f"<{self._kind} in the worker of {self._worker.plugin}>"
+
+
+def optional(instance: Any, method: str, *args: Any) -> Any:
+    """`instance.method(*args)`, here or in its worker; None where it has no such method."""
+    offered = instance.offers(method) if isinstance(instance, Remote) else hasattr(instance, method)
+    return getattr(instance, method)(*args) if offered else None
 
 
 class Components:

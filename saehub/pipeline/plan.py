@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from saehub.api import Job, ModelShape, ModelSpec
 from saehub.errors import RecipeError, SaehubError
 from saehub.pipeline import estimate, keys
+from saehub.pipeline.cautions import cautions_of, grouped
 from saehub.pipeline.workspace import Store, free_bytes, home
 from saehub.plugins import Catalog, Registered
 from saehub.seeds import derive
@@ -337,6 +338,7 @@ class _Planner:
                 knob = str(problem).split()[0].rstrip(":")  # `k is 99, …`: the problem belongs to that setting
                 self._problem(f"{path}.with.{knob}" if hasattr(config, knob) else f"{path}.with", str(problem))
             made.append(self._train_stage(registered, config, job, entry))
+        self.warnings += grouped({stage.id.partition("/")[2]: stage.spec["cautions"] for stage in made})
         self.stages += made
         return made
 
@@ -368,7 +370,8 @@ class _Planner:
         if job.target_site:
             detail["target_site"] = job.target_site
         inputs = ("tokens/train",) if self.needs_text else ()
-        stage = Stage(f"train/{job.id}", "train", key, Path(), registered.address, inputs, detail=detail, spec={"job": job, "config": config})
+        spec = {"job": job, "config": config, "cautions": () if self.problems else cautions_of(config, job)}
+        stage = Stage(f"train/{job.id}", "train", key, Path(), registered.address, inputs, detail=detail, spec=spec)
         return self._locate(stage, registered)
 
     def _loads(self) -> list[Stage]:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from saehub.api import CalibrationRows, Job
 from saehub.errors import Interrupted, SaehubError, StageFailed
-from saehub.pipeline.components import Remote
+from saehub.pipeline.cautions import inexact_resume
+from saehub.pipeline.components import Remote, optional
 from saehub.pipeline.resume import State, drop_states, load_state, save_state
 from saehub.seeds import derive
 
@@ -62,6 +63,8 @@ class Trainee:
         self.session.load_state(state.tensors, state.data)
         self.step, self.batcher.carry = state.step, state.carry
         changed = differences(state.environment, self.context.environment)
+        promise = inexact_resume(self.stage.spec["config"], self.job)
+        changed += [promise] if promise else []
         if changed:
             self.context.events("warning", self.stage.id, text=f"resume: inexact ({'; '.join(changed)})")
         exact = not changed and self.context.facts["resume"] != "inexact"
@@ -210,13 +213,18 @@ def _finish(context: Context, trainee: Trainee, stream: BlockStream, elapsed: fl
     sae = trainee.session.finish().to("cpu")
     sae = sae.scale_input(trainee.scale_in, trainee.scale_out)
     sae.provenance.update(provenance(context, trainee, stream))
+    learnt = list(optional(trainee.session, "cautions") or ())
+    for text in learnt:
+        context.events("warning", stage.id, text=text)
+    if cautions := [*stage.spec["cautions"], *learnt]:
+        sae.provenance["cautions"] = cautions
     bad = [name for name, tensor in sae.tensors().items() if not torch.isfinite(tensor.float()).all()]
     if bad:
         raise StageFailed(f"{job.id} ended with values that are not finite in {', '.join(bad)}", where=stage.id, fix="a lower learning rate")
     rows = stream.probe_rows(PROBE_ROWS)
     target_ND = rows.acts[job.target_site] if job.target_site else None
     probe = make_probe(sae, rows.acts[job.site], rows.token_ids_N, rows.positions_N, rows.contexts_NT, target_ND=target_ND)
-    manifest = context.manifest(stage, metrics=trainee.metrics, seconds=elapsed, rows=trainee.step * job.batch, job=asdict(job))
+    manifest = context.manifest(stage, metrics=trainee.metrics, seconds=elapsed, rows=trainee.step * job.batch, job=asdict(job), cautions=learnt)
     with plan.store.create("train", stage.key, manifest) as folder:
         save(sae, folder / "checkpoint", probe=probe)
     drop_states(trainee.folder)

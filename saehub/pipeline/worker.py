@@ -51,6 +51,8 @@ class Worker:
             case "call":
                 method = getattr(self.objects[request["ref"]], request["method"])
                 return method(*self.wire.decode(request["args"]), **self.wire.decode(request["kwargs"]))
+            case "offers":
+                return hasattr(self.objects[request["ref"]], request["name"])
             case "get":
                 return getattr(self.objects[request["ref"]], request["name"])
             case "steps":  # many batches in one message: a message a step would cost more than the step

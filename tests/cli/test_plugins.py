@@ -58,6 +58,7 @@ def test_json(saehub, zoo):
             "summary": "far",
             "needs": [],
             "requires": ["no_such_library_xyz"],
+            "libraries": {},
             "missing": ["no_such_library_xyz"],
             "install": "pip install 'far-away[far]'",
         }
@@ -70,3 +71,5 @@ def test_the_real_ones(saehub):
     addresses = {item["address"] for row in data["plugins"] for item in row["components"]}
     assert {"native/hf", "native/files", "native/topk", "native/core", "saelens/saelens"} <= addresses
     assert all(row["status"] == "ok" for row in data["plugins"])
+    by_address = {item["address"]: item for row in data["plugins"] for item in row["components"]}
+    assert set(by_address["saelens/saelens"]["libraries"]) == {"sae-lens"} and by_address["native/topk"]["libraries"] == {}
