@@ -63,17 +63,21 @@ def recipe_for(
 
 def _datasets(data: Sequence[str], trained_on: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
+    known = {entry["source"] for entry in trained_on}
     for text in data:
         name, equals, source = text.rpartition("=")
-        found[name if equals else f"data{len(found) + 1}" if found else "data"] = {"mix": [{"source": source, "split": _split(source)}]}
+        found[name if equals else f"data{len(found) + 1}" if found else "data"] = {"mix": [{"source": source, "split": _split(source, known)}]}
     if not found and trained_on:
-        mix = [{**{key: value for key, value in entry.items() if value is not None}, "split": _split(entry["source"])} for entry in trained_on]
+        mix = [{**{key: value for key, value in entry.items() if value is not None}, "split": "heldout"} for entry in trained_on]
         found["in_sample"] = {"mix": mix}
     return found
 
 
-def _split(source: str) -> str:
-    return "heldout" if source.startswith("builtin/") else "train"
+def _split(source: str, trained_on: set[str]) -> str:
+    """All of a file that training never saw; of everything else the documents that are held out."""
+    from saehub.data.sources import is_local
+
+    return "all" if source not in trained_on and is_local(source) else "heldout"
 
 
 def evaluate(checkpoint: str, evaluator: str, *, listeners: Iterable[Listener] = (), out: Path | None = None, **what: Any) -> RunResult:
@@ -88,5 +92,5 @@ def evaluate(checkpoint: str, evaluator: str, *, listeners: Iterable[Listener] =
     text = yaml.safe_dump(recipe_for(checkpoint, evaluator, **what), sort_keys=False, allow_unicode=True)
     recipe, problems = check_text(text, f"saehub eval {checkpoint}")
     if recipe is None:
-        raise RecipeError(f"{len(problems)} problems", problems)
+        raise RecipeError(f"{checkpoint} cannot be evaluated with {evaluator}", problems)
     return run(make_plan(recipe, catalog(), out=out), listeners, recipe_text=text)

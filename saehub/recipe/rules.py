@@ -267,7 +267,7 @@ class Rules(Places):
                 if "model" in item.component.needs:
                     self.report(self.root, f"missing key 'model': {item.address} runs a language model")
                     break
-        if extractor is not None and "tokens" in extractor.component.needs and train_data is not None and train_data.is_map:
+        if trains and extractor is not None and "tokens" in extractor.component.needs and train_data is not None and train_data.is_map:
             mix = train_data.get("mix")
             if mix is None or mix.data == []:
                 self.report(mix or train_data, f"no text: {extractor.address} needs a source", "add 'source:', or 'mix:' with several")

@@ -189,3 +189,29 @@ def test_python_entry_point(toy, tmp_path, monkeypatch):
     (tmp_path / "toy.yaml").write_text(RECIPE.format(model=toy[0], text=toy[1]))
     result = saehub.run(tmp_path / "toy.yaml", set={"train.a.with.k": 3})
     assert load(result.checkpoints["a"]).config.params["k"] == 3 and str(result.run_dir).startswith(str(tmp_path / "home"))
+
+
+def test_eval_of_a_checkpoint_measures_what_the_recipe_measured(toy, tmp_path, monkeypatch):
+    """`saehub eval CKPT --with native/core`, as a user types it, on text and model that the checkpoint names itself."""
+    from click.testing import CliRunner
+
+    from saehub.cli.main import cli
+
+    documents = tmp_path / "documents.jsonl"  # enough of them that some are held out
+    documents.write_text("\n".join(json.dumps({"text": text}) for text in tiny_text(200, words=60)))
+
+    def evaluated(text: str) -> str:
+        text = text.replace(str(toy[1]), str(documents))
+        text = text.replace("\nextract:", f"\n  eval: {{in_sample: {{source: {documents}, split: heldout, tokens: 900}}}}\nextract:")
+        return text + "evaluate: [{uses: native/core, saes: [a]}]\n"
+
+    result, _ = go(toy, tmp_path / "recipe", evaluated)
+    monkeypatch.setenv("SAEHUB_HOME", str(tmp_path / "eval"))
+    command = ["eval", str(result.checkpoints["a"]), "--with", "native/core", "--tokens", "900", "--json"]
+    said = CliRunner().invoke(cli, command, catch_exceptions=False)
+    assert said.exit_code == 0, said.output
+    rows = [row for row in json.loads(said.stdout)["measurements"] if row["status"] == "ok"]
+    expected = {row["metric"]: row["value"] for row in result.results if row["status"] == "ok"}
+    found = {row["metric"]: row["value"] for row in rows}
+    assert found["fvu"] == pytest.approx(expected["fvu"], rel=1e-6) and found["ce_recovered_zero"] == pytest.approx(expected["ce_recovered_zero"], rel=1e-6)
+    assert set(found) == set(expected)
