@@ -39,7 +39,7 @@ class WorkerProcess:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
-            env={**os.environ, **env, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+            env={**os.environ, **_threads(), **env, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
             text=True,
             errors="replace",
             start_new_session=True,  # Ctrl-C reaches us, who then stop the worker in order
@@ -104,6 +104,12 @@ class WorkerProcess:
         if self._log:
             self._log.close()
         self.scratch.cleanup()
+
+
+def _threads() -> dict[str, str]:
+    """The threads of this process for the worker too: they are what is recorded, and they can change the last bits."""
+    torch = sys.modules.get("torch")
+    return {"OMP_NUM_THREADS": str(torch.get_num_threads())} if torch is not None else {}
 
 
 def _fast_scratch() -> str | None:

@@ -19,6 +19,8 @@ from saehub.plugins import Registered, catalog
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from saehub.pipeline.components import Components
+
 
 @dataclass(frozen=True)
 class Check:
@@ -125,7 +127,8 @@ class Subject:
     cls: type
     config: Any
     registered: Registered | None = None
-    _components: Any = None
+    _components: Components | None = None
+    _lent: bool = False
 
     def make(self, config: Any = None) -> Any:
         """A fresh instance (with other settings): here, or in the plugin's worker where the registration `requires` a library, as in a run."""
@@ -139,8 +142,8 @@ class Subject:
         return self._components.make(self.registered, config)
 
     def close(self) -> None:
-        """End the worker, if there was one."""
-        if self._components is not None:
+        """End the worker, if there was one of its own."""
+        if self._components is not None and not self._lent:
             self._components.close()
 
     @property
@@ -149,8 +152,8 @@ class Subject:
         return getattr(self.config, "check", None)
 
 
-def resolve(kind: str, component: Any, with_: Mapping[str, Any] | None = None) -> Subject:
-    """From an address (`native/topk`), a `Registered`, or `(Class, config)`; `with_` are the settings of the first two."""
+def resolve(kind: str, component: Any, with_: Mapping[str, Any] | None = None, workers: Components | None = None) -> Subject:
+    """From an address (`native/topk`), a `Registered`, or `(Class, config)`; `with_` are the settings of the first two; `workers` stay open."""
     if isinstance(component, str):
         component = catalog().find(kind, component)
     if isinstance(component, Registered):
@@ -160,10 +163,10 @@ def resolve(kind: str, component: Any, with_: Mapping[str, Any] | None = None) -
         # A wrapped library is imported in its worker only; the exporters' codecs are light and are used here.
         cls = object if component.component.requires and kind != "exporter" else component.load()
         if component.component.config is None:
-            return Subject(kind, component.address, cls, None, component)
+            return Subject(kind, component.address, cls, None, component, workers, workers is not None)
         from saehub.recipe.check import make_config
 
-        return Subject(kind, component.address, cls, make_config(component, dict(with_ or {})), component)
+        return Subject(kind, component.address, cls, make_config(component, dict(with_ or {})), component, workers, workers is not None)
     cls, config = component
     if not (config is None or is_dataclass(config)):
         raise UsageError(f"the config of {cls.__name__} is a {type(config).__name__}", fix="a dataclass instance, or None")

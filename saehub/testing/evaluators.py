@@ -27,6 +27,7 @@ from saehub.testing.stage import Stage
 
 if TYPE_CHECKING:
     from saehub.checkpoint.sae import SAE
+    from saehub.pipeline.components import Components
     from saehub.pipeline.evaluate import HubEvalContext
 
 SITE = "resid_post.0"
@@ -95,6 +96,7 @@ def check_evaluator(
     saes: Mapping[str, SAE] | None = None,
     tolerance: float = 1e-4,
     only: Collection[str] | None = None,
+    workers: Components | None = None,
     stage: Stage | None = None,
 ) -> ConformanceReport:
     """Everything that `saehub.api.Evaluator` promises, on SAEs of a tiny Llama's residual stream and two small texts.
@@ -105,9 +107,10 @@ def check_evaluator(
         saes: at least two SAEs with d_in 32 to measure instead of the suite's two TopK ones.
         tolerance: greatest relative change of a value when only the language-model batch size changes.
         only: names of the checks to run; None: all.
+        workers: worker processes to use and to leave running, so that several components share one import of their library; None: own ones.
         stage: a tiny model and texts to reuse between suites (`saehub.testing.stage.Stage(folder)`); None: new ones.
     """
-    subject = resolve("evaluator", component, with_)
+    subject = resolve("evaluator", component, with_, workers)
     with scratch() as folder:
         bench = Bench(subject, Path(folder), saes, stage)
         checks: list[tuple[str, Callable[[], str | None]]] = [

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from saehub.checkpoint.sae import SAE
+    from saehub.pipeline.components import Components
 
 ROUND = 2.0**-24
 """Unit roundoff of float32."""
@@ -95,6 +96,7 @@ def check_exporter(
     saes: Mapping[str, SAE] | None = None,
     folders: Mapping[str, Path] | None = None,
     only: Collection[str] | None = None,
+    workers: Components | None = None,
 ) -> ConformanceReport:
     """Everything that `saehub.api.Exporter` promises, on every built-in architecture in every variant (norms, transcoders, dtypes).
 
@@ -104,8 +106,9 @@ def check_exporter(
         saes: what to write instead, by name; for a format of architectures that are not built in, or that needs to know a site.
         folders: published folders (or files) by name, which are only read; needed for a format that is not written.
         only: names of the checks to run; None: all.
+        workers: worker processes to use and to leave running, so that several components share one import of their library; None: own ones.
     """
-    subject = resolve("exporter", component, with_)
+    subject = resolve("exporter", component, with_, workers)
     with scratch() as folder:
         bench = Bench(subject, Path(folder), saes, folders)
         checks: list[tuple[str, Callable[[], str | None]]] = [

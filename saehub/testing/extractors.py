@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from saehub.data.model import ModelHandle
     from saehub.data.tokens import TokenDataset
+    from saehub.pipeline.components import Components
 
 SITES = ("resid_post.0", "mlp_out.1", "resid_pre.1")
 LM_BATCH = 4
@@ -61,6 +62,7 @@ def check_extractor(
     tokens: TokenDataset | None = None,
     tolerance: float = 1e-5,
     only: Collection[str] | None = None,
+    workers: Components | None = None,
     stage: Stage | None = None,
 ) -> ConformanceReport:
     """Everything that `saehub.api.Extractor` promises.
@@ -72,9 +74,10 @@ def check_extractor(
         model, tokens: what it reads. Default: a tiny random Llama and packed text where the registration `needs` them, else nothing.
         tolerance: greatest relative difference (Frobenius) from a plain hook of ours, where a tiny model is read.
         only: names of the checks to run; None: all.
+        workers: worker processes to use and to leave running, so that several components share one import of their library; None: own ones.
         stage: a tiny model and text to reuse between suites (`saehub.testing.stage.Stage(folder)`); None: new ones.
     """
-    subject = resolve("extractor", component, with_)
+    subject = resolve("extractor", component, with_, workers)
     needs = subject.registered.component.needs if subject.registered else ()
     with scratch() as folder:
         if model is None and "model" in needs:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from saehub.checkpoint.sae import SAE
+    from saehub.pipeline.components import Components
 
 SHORT = 24
 """Steps of the runs that are compared bit for bit."""
@@ -91,6 +92,7 @@ def check_trainer(
     refuses: Iterable[Mapping[str, Any]] = (),
     device: str = "cpu",
     only: Collection[str] | None = None,
+    workers: Components | None = None,
 ) -> ConformanceReport:
     """Everything that `saehub.api.Trainer` promises, on planted features.
 
@@ -102,8 +104,9 @@ def check_trainer(
         refuses: settings that the trainer must refuse, such as `[{"k": 100_000}]`.
         device: where it trains.
         only: names of the checks to run; None: all.
+        workers: worker processes to use and to leave running, so that several components share one import of their library; None: own ones.
     """
-    subject = resolve("trainer", component, with_)
+    subject = resolve("trainer", component, with_, workers)
     bench = Bench(subject, d, n_features, l0, steps, device)
     checks: list[tuple[str, Callable[[], str | None]]] = [
         *common_checks(subject),

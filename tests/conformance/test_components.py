@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from saehub.api import KINDS
+from saehub.pipeline.components import Components
 from saehub.plugins import catalog
 from saehub.testing import check_evaluator, check_exporter, check_extractor, check_trainer
 from saehub.testing.saes import random_sae
@@ -24,6 +26,13 @@ KIND = {item.address: kind for kind in KINDS for item in catalog().components(ki
 def stage(tmp_path_factory) -> Stage:
     """One tiny model and its texts for the module."""
     return Stage(tmp_path_factory.mktemp("stage"))
+
+
+@pytest.fixture(scope="module")
+def workers() -> Iterator[Components]:
+    """One worker a plugin for the module, as in a run: its library is imported once."""
+    with Components() as components:
+        yield components
 
 
 def stored_activations(folder: Path) -> dict:
@@ -119,9 +128,9 @@ def test_arguments_name_components_that_exist():
 
 
 @pytest.mark.parametrize("address", OURS)
-def test_component(address, stage, tmp_path):
+def test_component(address, stage, workers, tmp_path):
     kind = KIND[address]
-    arguments = ARGUMENTS.get(address, lambda tmp: {})(tmp_path)
+    arguments = {**ARGUMENTS.get(address, lambda tmp: {})(tmp_path), "workers": workers}
     if kind in ("extractor", "evaluator"):
         arguments["stage"] = stage
     report = CHECKS[kind](address, **arguments)
