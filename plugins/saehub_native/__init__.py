@@ -41,7 +41,7 @@ def saehub_trainers() -> list[Component]:
 
 @hookimpl
 def saehub_evaluators() -> list[Component]:
-    """`native/core`."""
+    """`native/core` and `native/health`."""
     return [
         Component(
             name="core",
@@ -49,5 +49,12 @@ def saehub_evaluators() -> list[Component]:
             config="saehub_native.evaluate.config:CoreConfig",
             needs=("model", "tokens", "sequences"),
             summary="FVU, L0, CE and KL recovered, deadness and baselines, each with a standard error over sequences",
+        ),
+        Component(
+            name="health",
+            target="saehub_native.health.evaluator:HealthEvaluator",
+            config="saehub_native.health.config:HealthConfig",
+            needs=("model", "tokens", "sequences"),
+            summary="redundancy beside its random null, duplicates, deadness over tokens, scale, finiteness, out-of-sample shifts",
         ),
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from saehub.api import EvalDataset, Measurement, Subject
 from saehub_native.evaluate import deadness
 from saehub_native.evaluate.accumulate import SequenceSums
 from saehub_native.evaluate.config import CoreConfig
-from saehub_native.evaluate.definitions import DEFINITIONS, of_metric
+from saehub_native.evaluate.definitions import DEFINITIONS, Definition, of_metric
 from saehub_native.evaluate.metrics import NORMAL_95, Estimate, complement, explained_variance, log_histogram, ratio
 from saehub_native.evaluate.subjects import SubjectRun
 
@@ -30,16 +30,19 @@ class Table:
     version: str
     unit: str = "sequences"
     rows: list[Measurement] = field(default_factory=list)
+    evaluator: str = EVALUATOR
+    find: Callable[[str], Definition] = of_metric
+    """A metric's definition."""
 
     def _add(self, metric: str, value: float | None, **more: Any) -> None:
-        known = of_metric(metric)
+        known = self.find(metric)
         self.rows.append(
             Measurement(
                 metric=metric,
                 value=value,
                 subjects=(self.subject.id,),
                 subject_hashes=(self.subject.hash,),
-                evaluator=EVALUATOR,
+                evaluator=self.evaluator,
                 definition=known.id,
                 site=self.subject.site,
                 dataset=self.dataset.name,
