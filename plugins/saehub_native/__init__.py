@@ -5,6 +5,15 @@ from __future__ import annotations
 from saehub import Component, hookimpl
 
 
+TRAINERS = (
+    ("topk", "TopKConfig", "TopK: the k largest pre-activations a row, dead latents revived through AuxK"),
+    ("batchtopk", "BatchTopKConfig", "BatchTopK: k a row on average, chosen over the batch; one calibrated threshold at inference"),
+    ("matryoshka_batchtopk", "MatryoshkaConfig", "Matryoshka BatchTopK: every prefix of latents reconstructs by itself"),
+    ("abstopk", "AbsTopKConfig", "AbsTopK: the k largest pre-activations a row by absolute value, signs kept"),
+    ("groupmax", "GroupMaxConfig", "GroupMax: the largest pre-activation of each of k groups of latents"),
+)
+
+
 @hookimpl
 def saehub_extractors() -> list[Component]:
     """`native/hf` and `native/files`."""
@@ -27,15 +36,16 @@ def saehub_extractors() -> list[Component]:
 
 @hookimpl
 def saehub_trainers() -> list[Component]:
-    """`native/topk`."""
+    """One trainer an architecture: `native/topk` and its siblings."""
     return [
         Component(
-            name="topk",
+            name=name,
             target="saehub_native.train:NativeTrainer",
-            config="saehub_native.config:TopKConfig",
+            config=f"saehub_native.config:{config}",
             needs=("activations",),
-            summary="TopK: the k largest pre-activations a row, dead latents revived through AuxK",
-        ),
+            summary=summary,
+        )
+        for name, config, summary in TRAINERS
     ]
 
 

@@ -40,7 +40,15 @@ class TrainConfig:
     clip: float | None = 1.0
     """Largest L2 norm of the whole gradient (of a loss in units of FVU); None: no clipping."""
     calibration: int = 8192
-    """Calibration rows, never training rows, for b_dec, the first directions and the variance: so many, or all there are."""
+    """Calibration rows, never training rows, for b_dec, the first directions, the variance and thresholds: so many, or all there are."""
+    init_blend: float = 0.5
+    """Share of a calibration row in a latent's first direction; the rest is random. 0: random only."""
+    skip: bool = False
+    """Of a transcoder: add a linear path x W_skipᵀ beside the latents."""
+    dead_after: int | None = None
+    """Rows without firing after which a latent counts as dead. None: `dead_rows` scales it to the run."""
+    revive: float = 1e-4
+    """Weight of the push on the biases of dead latents, which reaches those that no row activates; 0 turns it off."""
 
     def architecture(self) -> str:
         """The word in `saehub.json`."""
@@ -58,13 +66,13 @@ class TrainConfig:
         return min(LR_MAX, max(LR_SHORT / math.sqrt(latents * steps), LR_LONG / math.sqrt(latents)))
 
     def dead_rows(self, job: Job) -> int:
-        """Rows without firing after which a latent counts as dead."""
-        return DEAD_ROWS
+        """`dead_after`, or 1/32 of the run: at least 8 batches, at most 10 million rows."""
+        return self.dead_after if self.dead_after is not None else min(DEAD_ROWS, max(8 * self.batch, job.rows // 32))
 
     def memory(self, job: Job) -> int:
         """Bytes at the peak: parameters, Adam's two moments and scratch, gradients; pre-activations of a chunk; rows of a batch."""
         latents = self.d_sae(job)
-        parameters = latents * (job.d_in + job.d_out + 1) + job.d_out
+        parameters = latents * (job.d_in + job.d_out + 1) + job.d_out + (job.d_in * job.d_out if self.skip else 0)
         rows = 6 * self.batch * (job.d_in + job.d_out)
         return 4 * (5 * parameters + rows) + (8 << 20) + 256 * latents
 
@@ -93,45 +101,48 @@ class TrainConfig:
             yield f"clip is {self.clip:g}; it must be above 0, or null for no clipping"
         if self.calibration < 1:
             yield f"calibration is {self.calibration}; at least one row is needed"
+        if not 0 <= self.init_blend <= 1:
+            yield f"init_blend is {self.init_blend:g}; it is a share, from 0 to 1"
+        if self.dead_after is not None and self.dead_after < 1:
+            yield f"dead_after is {self.dead_after} rows; it must be at least 1"
+        if self.revive < 0:
+            yield f"revive is {self.revive:g}; it must be at least 0 (0 turns it off)"
+        if self.skip and job.target_site is None:
+            yield "skip is a linear path from a transcoder's input to its target; name a target_site, or leave it out"
         if job.target_site is None and job.d_in != job.d_out:
             yield f"an autoencoder needs d_in = d_out, here {job.d_in} and {job.d_out}; name a target_site to train a transcoder"
 
 
 @dataclass(frozen=True, kw_only=True)
-class TopKConfig(TrainConfig):
-    """`native/topk`: the k largest pre-activations of each row (Gao et al. 2024, arXiv 2406.04093)."""
-
-    objective: ClassVar[str] = "saehub_native.architectures.topk:TopK"
+class SparseConfig(TrainConfig):
+    """What the architectures that select about k latents a row take."""
 
     k: int
-    """Latents a row: L0 is at most k."""
+    """Latents a row: L0 is at most k (of the batchtopk family: k on average)."""
+    k_anneal: float = 0.0
+    """Share of the steps over which k falls linearly from `k_start`; 0: it is k from the first step."""
+    k_start: int | None = None
+    """The first k of `k_anneal`. None: 4 k, within the dictionary."""
     auxk_alpha: float = 1 / 32
     """Weight of the AuxK loss, which revives dead latents; 0 turns it off."""
-    revive: float = 1e-4
-    """Weight of the push on the biases of dead latents, which reaches those that no row activates; 0 turns it off."""
     k_aux: int | None = None
     """Dead latents a row in the AuxK loss. None: d_in / 2."""
-    dead_after: int | None = None
-    """Rows without firing after which a latent counts as dead. None: `dead_rows` scales it to the run."""
-    init_blend: float = 0.5
-    """Share of a calibration row in a latent's first direction; the rest is random. 0: random only."""
 
-    def architecture(self) -> str:
-        return "topk"
+    def first_k(self, job: Job) -> int:
+        """Where k begins."""
+        if not self.k_anneal:
+            return self.k
+        return min(self.d_sae(job), 4 * self.k) if self.k_start is None else self.k_start
 
     def aux_latents(self, job: Job) -> int:
         """`k_aux`, or d_in / 2 (Gao et al. 2024, §B.1), within the dictionary."""
         return min(self.d_sae(job), self.k_aux if self.k_aux is not None else max(1, job.d_in // 2))
 
-    def dead_rows(self, job: Job) -> int:
-        """`dead_after`, or 1/32 of the run: at least 8 batches, at most 10 million rows."""
-        return self.dead_after if self.dead_after is not None else min(DEAD_ROWS, max(8 * self.batch, job.rows // 32))
-
     def memory(self, job: Job) -> int:
         """As every native trainer, and AuxK with all latents dead (weights, gradients, two chunks)."""
         latents = self.d_sae(job)
         auxk = 8 * latents * (job.d_in + job.d_out) + 4 * (32 << 20) if self.auxk_alpha > 0 else 0
-        return super().memory(job) + auxk + 6 * 8 * self.batch * self.k
+        return super().memory(job) + auxk + 6 * 8 * self.batch * max(self.k, self.first_k(job))
 
     def check(self, job: Job) -> Iterator[str]:
         yield from super().check(job)
@@ -140,13 +151,93 @@ class TopKConfig(TrainConfig):
             yield f"k is {self.k}; it must be at least 1"
         elif self.k > latents >= 1:
             yield f"k is {self.k}, the dictionary has {latents} latents; lower k, or raise expansion"
+        if not 0 <= self.k_anneal <= 1:
+            yield f"k_anneal is {self.k_anneal:g}; it is a share of the steps, from 0 to 1"
+        if self.k_start is not None and not (self.k_anneal and self.k <= self.k_start <= max(1, latents)):
+            yield f"k_start is {self.k_start}; it needs k_anneal, and must lie between k ({self.k}) and the {latents} latents"
         if self.auxk_alpha < 0:
             yield f"auxk_alpha is {self.auxk_alpha:g}; it must be at least 0 (0 turns AuxK off)"
-        if self.revive < 0:
-            yield f"revive is {self.revive:g}; it must be at least 0 (0 turns it off)"
         if self.k_aux is not None and not 1 <= self.k_aux <= max(1, latents):
             yield f"k_aux is {self.k_aux}; it must lie between 1 and the {latents} latents"
-        if self.dead_after is not None and self.dead_after < 1:
-            yield f"dead_after is {self.dead_after} rows; it must be at least 1"
-        if not 0 <= self.init_blend <= 1:
-            yield f"init_blend is {self.init_blend:g}; it is a share, from 0 to 1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopKConfig(SparseConfig):
+    """`native/topk`: the k largest pre-activations of each row (Gao et al. 2024, arXiv 2406.04093)."""
+
+    objective: ClassVar[str] = "saehub_native.architectures.topk:TopK"
+
+    def architecture(self) -> str:
+        return "topk"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AbsTopKConfig(SparseConfig):
+    """`native/abstopk`: the k pre-activations of each row that are largest by absolute value, signs kept."""
+
+    objective: ClassVar[str] = "saehub_native.architectures.abstopk:AbsTopK"
+
+    def architecture(self) -> str:
+        return "abstopk"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupMaxConfig(SparseConfig):
+    """`native/groupmax`: the largest pre-activation of each of k groups of latents."""
+
+    objective: ClassVar[str] = "saehub_native.architectures.groupmax:GroupMax"
+
+    def architecture(self) -> str:
+        return "groupmax"
+
+    def check(self, job: Job) -> Iterator[str]:
+        yield from super().check(job)
+        latents = self.d_sae(job)
+        if 1 <= self.k <= latents and latents % self.k:
+            yield f"k is {self.k}, which does not divide the {latents} latents into groups; a width of {latents // self.k * self.k} would do"
+        if self.k_anneal:
+            yield f"k_anneal is {self.k_anneal:g}, but the k groups of groupmax are fixed; leave it out"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchTopKConfig(SparseConfig):
+    """`native/batchtopk`: the k·B largest pre-activations of a batch of B rows (Bussmann et al. 2024, arXiv 2412.06410)."""
+
+    objective: ClassVar[str] = "saehub_native.architectures.batchtopk:BatchTopK"
+
+    def architecture(self) -> str:
+        return "batchtopk"
+
+    def memory(self, job: Job) -> int:
+        """As `SparseConfig`, with rows four times as full as the average (values, order and masks)."""
+        return super().memory(job) + 4 * 6 * 8 * self.batch * max(self.k, self.first_k(job))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatryoshkaConfig(BatchTopKConfig):
+    """`native/matryoshka_batchtopk`: BatchTopK whose prefixes of latents reconstruct by themselves (Bussmann et al. 2025, arXiv 2503.17547)."""
+
+    objective: ClassVar[str] = "saehub_native.architectures.matryoshka:Matryoshka"
+
+    prefixes: tuple[float, ...] = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
+    """Ends of the prefixes, ascending, as shares of the latents; the last one is 1."""
+
+    def architecture(self) -> str:
+        return "matryoshka"
+
+    def prefix_ends(self, job: Job) -> list[int]:
+        """Latents in each prefix."""
+        return [max(1, round(share * self.d_sae(job))) for share in self.prefixes]
+
+    def memory(self, job: Job) -> int:
+        """As `BatchTopKConfig`, with one gradient of the reconstruction a prefix, and weight gradients joined from parts."""
+        return super().memory(job) + 4 * (len(self.prefixes) * self.batch * job.d_out + self.d_sae(job) * (job.d_in + job.d_out))
+
+    def check(self, job: Job) -> Iterator[str]:
+        yield from super().check(job)
+        if not self.prefixes or self.prefixes[-1] != 1 or not all(0 < share <= 1 for share in self.prefixes):
+            yield f"prefixes are {list(self.prefixes)}; they are shares of the latents, and the last one is 1"
+            return
+        ends = self.prefix_ends(job)
+        if any(left >= right for left, right in zip(ends, ends[1:], strict=False)):
+            yield f"prefixes {list(self.prefixes)} end at latents {ends}; each must hold more than the one before"

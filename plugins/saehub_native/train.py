@@ -48,9 +48,8 @@ class NativeSession:
         self.kernels = pick(job.device)
         module, _, name = config.objective.partition(":")
         self.architecture: Architecture = getattr(import_module(module), name)(config, job, self.kernels)
-        x_ND, y_ND = calibration(min(config.calibration, job.calibration or config.calibration))
-        x_ND = self._rows(x_ND, job.d_in, "calibration rows")
-        y_ND = x_ND if y_ND is None else self._rows(y_ND, job.d_out, "calibration targets")
+        self.calibration = calibration
+        x_ND, y_ND = self._calibration_rows()
         params = self.architecture.init(x_ND, y_ND, generator(job.id, job.seed, "init"))
         if job.init_from is not None:
             params = {name: p.to(job.device) for name, p in self._warm_start(job.init_from).items()}
@@ -60,6 +59,12 @@ class NativeSession:
         self.since_fired_F = torch.zeros(config.d_sae(job), dtype=torch.int64, device=job.device)
         self.dead_rows = config.dead_rows(job)
         self._last: dict[str, Tensor | float] = {}
+
+    def _calibration_rows(self) -> tuple[Tensor, Tensor]:
+        config, job = self.config, self.job
+        x_ND, y_ND = self.calibration(min(config.calibration, job.calibration or config.calibration))
+        x_ND = self._rows(x_ND, job.d_in, "calibration rows")
+        return x_ND, x_ND if y_ND is None else self._rows(y_ND, job.d_out, "calibration targets")
 
     def _rows(self, rows: Tensor, width: int, what: str) -> Tensor:
         if rows.ndim != 2 or rows.shape[1] != width:
@@ -85,7 +90,7 @@ class NativeSession:
         lr = self.config.peak_lr(job) * lr_factor(self.steps_done, job.steps, self.config.warmup, self.config.decay)
 
         dead_F = self.since_fired_F >= self.dead_rows
-        result = self.architecture.gradients(self.params, x_BD, y_BD, dead_F)
+        result = self.architecture.gradients(self.params, x_BD, y_BD, dead_F, self.steps_done)
         self._last = {
             "loss": result.loss,
             "squared_error": result.squared_error,
@@ -93,6 +98,7 @@ class NativeSession:
             "l0": result.l0,
             "dead": dead_F.float().mean(),
             "lr": lr,
+            **result.extra,
         }
         if x_BD.device.type == "cpu" or self.steps_done % CHECK_EVERY == 0:
             self._check_finite()
@@ -128,6 +134,18 @@ class NativeSession:
 
     def state(self) -> tuple[dict[str, Tensor], dict]:
         """Parameters, Adam's moments, rows since each latent fired; and the step count. Refuses to save a state that is not finite."""
+        tensors = self._refuse_broken()
+        data = {
+            "version": 1,
+            "steps_done": self.steps_done,
+            "kernels": self.kernels.name,
+            "constants": self.architecture.constants,
+            "last": {name: float(value) for name, value in self._last.items()},
+        }
+        return {name: t.detach().cpu().clone() for name, t in tensors.items()}, data
+
+    def _refuse_broken(self) -> dict[str, Tensor]:
+        """The tensors of the state, all of them finite."""
         if self._last:
             self._check_finite()
         tensors = {f"param.{name}": p for name, p in self.params.items()}
@@ -140,14 +158,7 @@ class NativeSession:
                 where=f"train {self.job.id}",
                 fix=f"set lr below {self.config.peak_lr(self.job):.1e} in the recipe's `with:` and run again; what was saved before stays valid",
             )
-        data = {
-            "version": 1,
-            "steps_done": self.steps_done,
-            "kernels": self.kernels.name,
-            "constants": self.architecture.constants,
-            "last": {name: float(value) for name, value in self._last.items()},
-        }
-        return {name: t.detach().cpu().clone() for name, t in tensors.items()}, data
+        return tensors
 
     @torch.no_grad()
     def load_state(self, tensors: dict[str, Tensor], data: dict) -> None:
@@ -169,10 +180,11 @@ class NativeSession:
         self.steps_done = self.optimizer.t = int(data["steps_done"])
         self._last = dict(data["last"])
 
+    @torch.no_grad()
     def finish(self) -> SAE:
-        """The SAE in the units of the rows that it was given, float32, on the CPU."""
+        """The SAE in the units of the rows that it was given, float32, on the CPU; thresholds are calibrated on calibration rows."""
         from saehub.checkpoint.sae import SAE, SAEConfig
 
-        self.state()  # refuses NaN
-        fields, tensors = self.architecture.export(self.params)
+        self._refuse_broken()
+        fields, tensors = self.architecture.export(self.params, self._calibration_rows()[0])
         return SAE.build(SAEConfig(**fields), {name: t.cpu() for name, t in tensors.items()})

@@ -118,7 +118,8 @@ def _refusals(plan: Plan) -> None:
         if stage.cached or subject.kind != "train" or getattr(config, "architecture", str)() not in known:
             continue
         transcoder = job.target_site is not None
-        fields = {"kind": "transcoder" if transcoder else "autoencoder", "subtract_b_dec": not transcoder}
+        kind = "skip_transcoder" if transcoder and getattr(config, "skip", False) else "transcoder" if transcoder else "autoencoder"
+        fields = {"kind": kind, "subtract_b_dec": not transcoder}
         width = 16 if job.d_in == job.d_out else 20
         sae = random_sae(config.architecture(), d_out=width, **fields)
         sae.provenance |= {"site": job.site, "target_site": job.target_site}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -28,6 +28,10 @@ class StepResult:
     """Mean number of latents above zero in a row."""
     fired_F: Tensor
     """bool [F]: above zero in at least one row."""
+    residual_BD: Tensor
+    """y − x̂."""
+    extra: dict[str, Tensor | float] = field(default_factory=dict)
+    """Further metrics, such as the k of this step."""
 
 
 class Architecture(Protocol):
@@ -45,8 +49,9 @@ class Architecture(Protocol):
         """Fresh parameters from calibration rows; sets `constants`."""
         ...
 
-    def gradients(self, params: Mapping[str, Tensor], x_BD: Tensor, y_BD: Tensor, dead_F: Tensor) -> StepResult:
-        """Loss and gradients on one batch; changes neither the rows nor the parameters. `dead_F` is bool [F]."""
+    def gradients(self, params: Mapping[str, Tensor], x_BD: Tensor, y_BD: Tensor, dead_F: Tensor, step: int | None = None) -> StepResult:
+        """Loss and gradients on one batch; changes neither the rows nor the parameters. `dead_F` is bool [F]; `step` counts from 0, and
+        schedules (k, penalties) stand where they end without it."""
         ...
 
     def before_update(self, params: Mapping[str, Tensor], grads: dict[str, Tensor]) -> None:
@@ -57,8 +62,9 @@ class Architecture(Protocol):
         """Put parameters back on their constraint, in place."""
         ...
 
-    def export(self, params: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Fields of `saehub.checkpoint.sae.SAEConfig`, and the tensors of checkpoint format v1."""
+    def export(self, params: Mapping[str, Tensor], x_ND: Tensor | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Fields of `saehub.checkpoint.sae.SAEConfig`, and the tensors of checkpoint format v1; x_ND: calibration rows, for a threshold that
+        inference needs and training does not."""
         ...
 
     def read(self, config: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ def add_auxk(
     *,
     k_aux: int,
     alpha: float,
+    signed: bool = False,
 ) -> Tensor:
     """Add the gradients of AuxK to `grads` (W_enc, b_enc, W_dec; in place) and return α·L_aux.
 
@@ -27,7 +28,7 @@ def add_auxk(
         L_aux = Σ|ê − e|² / Σ|e − ē|²,  with the residual e = y − x̂ taken as a constant.
     With R = ê − e, G = 2αR / Σ|e − ē|² and δ = (G W_decᵀ)·[a > 0]:
         ∂W_dec = aᵀG,  ∂W_enc = δᵀx',  ∂b_enc = Σ_b δ_b.
-    The dense matrices run over the dead latents only, in chunks of rows.
+    The dense matrices run over the dead latents only, in chunks of rows. `signed`: the k_aux largest by |p|, no ReLU, [a ≠ 0].
     """
     dead_N = dead_F.nonzero().squeeze(1)
     n_dead = dead_N.numel()
@@ -42,13 +43,14 @@ def add_auxk(
         x_cD, e_cD = centred_BD[start : start + chunk], residual_BD[start : start + chunk]
         acts_cN = torch.addmm(b_enc_N, x_cD, W_enc_ND.t())
         if n_dead > k_aux:
-            top = torch.topk(acts_cN, k_aux, dim=1, sorted=False)
-            acts_cN = torch.zeros_like(acts_cN).scatter_(1, top.indices, top.values)
-        acts_cN.relu_()
+            indices_cK = torch.topk(acts_cN.abs() if signed else acts_cN, k_aux, dim=1, sorted=False).indices
+            acts_cN = torch.zeros_like(acts_cN).scatter_(1, indices_cK, acts_cN.gather(1, indices_cK))
+        if not signed:
+            acts_cN.relu_()
         miss_cD = torch.addmm(e_cD, acts_cN, W_dec_ND, beta=-1)
         error += miss_cD.square().sum()
         grad_cD = miss_cD.mul_(2 * alpha / spread)
-        delta_cN = torch.mm(grad_cD, W_dec_ND.t()).mul_(acts_cN > 0)
+        delta_cN = torch.mm(grad_cD, W_dec_ND.t()).mul_(acts_cN != 0)
         g_dec_ND.addmm_(acts_cN.t(), grad_cD)
         g_enc_ND.addmm_(delta_cN.t(), x_cD)
         g_b_N += delta_cN.sum(0)

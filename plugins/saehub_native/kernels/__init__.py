@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+Rule = Literal["top", "abs", "group"]
 
 
 @dataclass
@@ -34,8 +37,19 @@ class Kernels(Protocol):
     name: str
     """Recorded in a trainer's state."""
 
-    def encode_select(self, x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The k largest of `x W_encᵀ + b_enc` of each row through a ReLU: float32 [B, K] and int64 [B, K], in no particular order."""
+    def encode_select(self, x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, k: int, rule: Rule = "top") -> tuple[Tensor, Tensor]:
+        """The k chosen pre-activations `p = x W_encᵀ + b_enc` of each row: float32 [B, K] and int64 [B, K], in no particular order.
+
+        `top`: the k largest, through a ReLU. `abs`: the k largest by |p|, sign kept. `group`: the largest of each of k contiguous groups of
+        F / k latents, through a ReLU.
+        """
+        ...
+
+    def encode_select_batch(self, x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k·B largest pre-activations of the whole batch, through a ReLU: float32 [B, K'] and int64 [B, K'], K' the count of the fullest row.
+
+        A row's values descend; places that it does not fill hold zeros, at latents of its own that were not chosen.
+        """
         ...
 
     def decode(self, values_BK: Tensor, indices_BK: Tensor, W_dec_FD: Tensor) -> Tensor:

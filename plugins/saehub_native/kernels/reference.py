@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saehub_native.kernels import Firing
+from saehub_native.kernels import Firing, Rule
 
 CHUNK_BYTES = 8 << 20  # pre-activations of one chunk: stays near the cache, and no [B, F] tensor exists for wide dictionaries
 
@@ -32,6 +32,22 @@ def select_top(pre_BF: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return top.values, candidates_BC.gather(1, top.indices)
 
 
+def select_abs(pre_BF: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k entries of each row with the largest absolute values, signs kept, and their positions, in no particular order."""
+    indices_BK = select_top(pre_BF.abs(), k)[1]
+    return pre_BF.gather(1, indices_BK), indices_BK
+
+
+def select_group(pre_BF: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The largest entry of each of k contiguous groups, and its position."""
+    size = pre_BF.shape[1] // k
+    values_BK, within_BK = pre_BF.unflatten(1, (k, size)).max(dim=-1)
+    return values_BK, within_BK + torch.arange(0, k * size, size, device=pre_BF.device)
+
+
+SELECT = {"top": select_top, "abs": select_abs, "group": select_group}
+
+
 class ReferenceKernels:
     """Implements `saehub_native.kernels.Kernels`; keeps its scratch tensors, because fresh ones cost page faults every step."""
 
@@ -39,6 +55,7 @@ class ReferenceKernels:
 
     def __init__(self) -> None:
         self._scratch: Tensor | None = None
+        self._fullest = 0  # a guess for the next batch of `encode_select_batch`; it changes the time, not the result
 
     def _pre_acts(self, rows: int, n_latents: int, like: Tensor) -> Tensor:
         held = self._scratch
@@ -46,7 +63,7 @@ class ReferenceKernels:
             self._scratch = held = torch.empty(rows, n_latents, device=like.device, dtype=like.dtype)
         return held
 
-    def encode_select(self, x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def encode_select(self, x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, k: int, rule: Rule = "top") -> tuple[Tensor, Tensor]:
         n_rows, n_latents = x_BD.shape[0], W_enc_FD.shape[0]
         values_BK = torch.empty(n_rows, k, device=x_BD.device, dtype=x_BD.dtype)
         indices_BK = torch.empty(n_rows, k, device=x_BD.device, dtype=torch.int64)
@@ -57,8 +74,26 @@ class ReferenceKernels:
             x_cD = x_BD[start : start + chunk]
             pre_cF = torch.addmm(b_enc_F, x_cD, W_enc_FD.t(), out=scratch[: x_cD.shape[0]])
             stop = start + x_cD.shape[0]
-            values_BK[start:stop], indices_BK[start:stop] = select_top(pre_cF, k)
-        return values_BK.relu_(), indices_BK
+            values_BK[start:stop], indices_BK[start:stop] = SELECT[rule](pre_cF, k)
+        return values_BK if rule == "abs" else values_BK.relu_(), indices_BK
+
+    def encode_select_batch(self, x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        n_rows, n_latents = x_BD.shape[0], W_enc_FD.shape[0]
+        width = min(n_latents, max(2 * k, self._fullest))
+        while True:
+            values_BK, indices_BK = self.encode_select(x_BD, W_enc_FD, b_enc_F, width)
+            values_BK, order_BK = values_BK.sort(dim=1, descending=True)
+            # Every chosen pair is among each row's `width` largest, unless a row fills all of them: then look further. What comes out does
+            # not depend on the width that was tried first.
+            cut = torch.kthvalue(values_BK.flatten(), n_rows * (width - k) + 1).values if width > k else values_BK.new_zeros(())
+            chosen_BK = (values_BK >= cut) & (values_BK > 0)
+            fullest = int(chosen_BK.sum(1).max())
+            if fullest < width or width == n_latents:
+                break
+            width = min(n_latents, 2 * width)
+        self._fullest = fullest + fullest // 4 + 1
+        kept = max(1, fullest)
+        return (values_BK * chosen_BK)[:, :kept].contiguous(), indices_BK.gather(1, order_BK[:, :kept])
 
     def decode(self, values_BK: Tensor, indices_BK: Tensor, W_dec_FD: Tensor) -> Tensor:
         return F.embedding_bag(indices_BK, W_dec_FD, mode="sum", per_sample_weights=values_BK)
