@@ -51,7 +51,7 @@ def saehub_trainers() -> list[Component]:
 
 @hookimpl
 def saehub_evaluators() -> list[Component]:
-    """`native/core` and `native/health`."""
+    """`native/core`, `native/health` and `native/stability`."""
     return [
         Component(
             name="core",
@@ -66,5 +66,12 @@ def saehub_evaluators() -> list[Component]:
             config="saehub_native.health.config:HealthConfig",
             needs=("model", "tokens", "sequences"),
             summary="redundancy beside its random null, duplicates, deadness over tokens, scale, finiteness, out-of-sample shifts",
+        ),
+        Component(
+            name="stability",
+            target="saehub_native.evaluate.stability.evaluator:StabilityEvaluator",
+            config="saehub_native.evaluate.stability.config:StabilityConfig",
+            needs=("model", "tokens", "sequences", "several_saes"),
+            summary="what SAEs of one site share: exact matchings with a certified gap, by firing rate, beside random and untrained nulls",
         ),
     ]
