@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -51,6 +52,16 @@ def _to_inference(path: Path, into: Path) -> None:
         w = scaler.whitening
         sae.fold_activation_whitening(mean=w.mean, whitening_matrix=w.matrix, unwhitening_matrix=w.inverse_matrix)
     sae.save_inference_model(into)
+
+
+def training_classes(word: str) -> tuple[Any, Any, Any, Any]:
+    """SAELens' training SAE of that architecture with its config, and its `SAETrainer` with its config."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from sae_lens.config import SAETrainerConfig
+        from sae_lens.registry import get_sae_training_class
+        from sae_lens.training.sae_trainer import SAETrainer
+    return (*get_sae_training_class(word), SAETrainer, SAETrainerConfig)
 
 
 def run(path: Path, x_ND: Tensor) -> tuple[Tensor, Tensor]:

@@ -108,6 +108,16 @@ def placed_transcoders() -> dict:
 READ_ONLY = ("formats/gemma_scope_2", "formats/openai", "formats/goodfire", "formats/qwen_scope", "formats/llama_scope")
 # What a component needs in order to be tried: settings without defaults, and what it must refuse. Others are tried as they are.
 TRAIN = {"batch": 256, "width": 96}
+SAELENS = {
+    "standard": {"l1_coefficient": 0.05},
+    "gated": {"l1_coefficient": 0.05},
+    "topk": {"k": 4},
+    "abstopk": {"k": 4},
+    "jumprelu": {"l0_coefficient": 0.01, "jumprelu_init_threshold": 0.1},
+    "batchtopk": {"k": 4.0},
+    "matryoshka_batchtopk": {"k": 4.0, "matryoshka_widths": [48, 96]},
+    "matching_pursuit": {"max_iterations": 4},
+}
 ARGUMENTS = {
     "native/topk": lambda tmp: {
         "with_": {**TRAIN, "k": 4},
@@ -117,6 +127,10 @@ ARGUMENTS = {
     "native/matryoshka_batchtopk": lambda tmp: {"with_": {**TRAIN, "k": 4}, "refuses": [{"prefixes": [0.5]}, {"prefixes": [1.0, 1.0]}]},
     "native/abstopk": lambda tmp: {"with_": {**TRAIN, "k": 4}, "refuses": [{"k": 1000}]},
     "native/groupmax": lambda tmp: {"with_": {**TRAIN, "k": 4}, "refuses": [{"k": 5}, {"k_anneal": 0.5}]},
+    **{
+        f"saelens/{word}": (lambda tmp, with_=with_: {"with_": {**TRAIN, "lr": 3e-3, **with_}, "refuses": [{"lr": 0.0}, {"lr_warm_up_steps": 400}]})
+        for word, with_ in SAELENS.items()
+    },
     "native/files": lambda tmp: stored_activations(tmp / "activations"),
     "formats/circuit_tracer": lambda tmp: {"saes": placed_transcoders()},
     **{address: (lambda tmp, address=address: published(tmp)[address]) for address in READ_ONLY},
