@@ -172,6 +172,8 @@ class Job:
     """Torch device of the parameters (runtime, not in the key)."""
     init_from: str | None = None
     """Checkpoint directory to warm-start from."""
+    normalize: str = "none"
+    """`extract.normalize`: the hub's scale, already applied to the rows and undone in the checkpoint (the stream's key holds it)."""
 
 
 class TrainerSession(Protocol):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,23 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from saehub.capabilities import Library
 from saehub.jsonio import read_json
+from saehub_saelens.mapping import VERSION
+from saehub_saelens.train_config import TRAINER
 from saehub_saelens.training import SCALER, is_training
 
 CHUNK_ROWS = 1024
+LIBRARY = Library("sae_lens", "sae-lens", VERSION)
+SEAMS = ("step", "maybe_reset_sparsity", "build_train_step_log_dict", "set_final_sae_metadata")
+"""What the hub calls of `SAETrainer`: its own seams for whoever coordinates several trainers."""
 
 
 def load(path: Path):
     """`SAE.load_from_disk` in float32 on the CPU. Rows are given flat, so the reshaping of attention heads is switched off."""
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as scratch:
         warnings.simplefilter("ignore")  # about models and hooks that are not used here
-        from sae_lens import SAE
-
+        SAE = LIBRARY.take("sae_lens:SAE", attributes=("load_from_disk",))
         if _is_training(path):
             _to_inference(path, Path(scratch))
             path = Path(scratch)
@@ -40,9 +46,8 @@ def _is_training(path: Path) -> bool:
 
 def _to_inference(path: Path, into: Path) -> None:
     """A training checkpoint as SAELens itself makes an inference folder of it at the end of training: scale or whitening folded, then saved."""
-    from sae_lens import TrainingSAE
-    from sae_lens.training.activation_scaler import ActivationScaler
-
+    TrainingSAE = LIBRARY.take("sae_lens:TrainingSAE", attributes=("load_from_disk", "save_inference_model"))
+    ActivationScaler = LIBRARY.take("sae_lens.training.activation_scaler:ActivationScaler", attributes=("load",))
     sae, scaler = TrainingSAE.load_from_disk(path, device="cpu", dtype="float32"), ActivationScaler()
     if (path / SCALER).is_file():
         scaler.load(path / SCALER)
@@ -54,14 +59,16 @@ def _to_inference(path: Path, into: Path) -> None:
     sae.save_inference_model(into)
 
 
-def training_classes(word: str) -> tuple[Any, Any, Any, Any]:
-    """SAELens' training SAE of that architecture with its config, and its `SAETrainer` with its config."""
+def training_classes(word: str, settings: Iterable[str]) -> tuple[Any, Any, Any, Any]:
+    """SAELens' training SAE of that architecture with its config (which must take `settings`), and its `SAETrainer` with its config."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from sae_lens.config import SAETrainerConfig
-        from sae_lens.registry import get_sae_training_class
-        from sae_lens.training.sae_trainer import SAETrainer
-    return (*get_sae_training_class(word), SAETrainer, SAETrainerConfig)
+        trainer_config = LIBRARY.take("sae_lens.config:SAETrainerConfig", parameters=TRAINER)
+        sae_class, config_class = LIBRARY.take("sae_lens.registry:get_sae_training_class")(word)
+        LIBRARY.take(f"{config_class.__module__}:{config_class.__qualname__}", parameters=settings)
+        trainer = LIBRARY.take("sae_lens.training.sae_trainer:SAETrainer", parameters=("cfg", "sae", "data_provider"), attributes=SEAMS)
+        LIBRARY.take("sae_lens.training.activation_scaler:ActivationScaler", attributes=("estimate_scaling_factor", "estimate_whitening"))
+    return sae_class, config_class, trainer, trainer_config
 
 
 def run(path: Path, x_ND: Tensor) -> tuple[Tensor, Tensor]:

@@ -69,7 +69,7 @@ class SAELensSession:
         from saehub_saelens import library
 
         self.config, self.job = config, job
-        sae_class, config_class, trainer_class, trainer_config_class = library.training_classes(config.word)
+        sae_class, config_class, trainer_class, trainer_config_class = library.training_classes(config.word, config.sae_settings(job))
         with warnings.catch_warnings(), own_random_state(job):
             warnings.simplefilter("ignore")  # about models and hooks that are not used here
             self.sae = sae_class(config_class(**config.sae_settings(job)))
@@ -136,9 +136,9 @@ class SAELensSession:
             self._check_finite()
 
     def _check_finite(self) -> None:
-        if self._last is not None and not math.isfinite(float(self._last.loss)):
+        if self._last is not None and not math.isfinite(float(self._last.loss.detach())):
             raise StageFailed(
-                f"the loss of {self.job.id} is {float(self._last.loss)} at step {self.trainer.n_training_steps} of {self.job.steps}",
+                f"the loss of {self.job.id} is {float(self._last.loss.detach())} at step {self.trainer.n_training_steps} of {self.job.steps}",
                 where=f"train {self.job.id}",
                 why="learning rate too high, or rows that are not finite",
                 fix=f"set lr below {self.config.lr:.1e} in the recipe's `with:` and run again; what was saved before stays valid",

@@ -128,6 +128,8 @@ class SAELensConfig:
         yield from self._check_schedule(job)
         if self.decoder_init_norm is not None and not self.decoder_init_norm > 0:
             yield f"decoder_init_norm is {self.decoder_init_norm:g}; it must be above 0, or null"
+        if self.normalize_activations in RUN_TIME_NORMS and job.normalize != "none":
+            yield f"normalize_activations {self.normalize_activations} removes the scale of every row, so extract.normalize: {job.normalize} cannot be undone; set extract.normalize: none"
         if self.normalize_activations == "covariance_whitening" and 0 < job.calibration <= job.d_in:
             yield f"normalize_activations covariance_whitening needs more calibration rows than dimensions: {job.calibration} <= {job.d_in}; raise extract.calibration"
 

@@ -330,6 +330,7 @@ class _Planner:
                 seed,
                 self.recipe.extract.calibration,
                 init_from=entry.init_from,
+                normalize=self.recipe.extract.normalize,
             )
             if job.steps < 1:
                 self._problem(f"{path}.with.batch", f"one batch of {batch} rows is more than the {rows} rows of the stream", "fewer rows a batch, or more data.train.tokens")
@@ -356,7 +357,7 @@ class _Planner:
         return str(Site.parse(name))
 
     def _train_stage(self, registered: Registered, config: Any, job: Job, entry: Any) -> Stage:
-        plain_job = {name: value for name, value in asdict(job).items() if name not in ("device", "init_from")}
+        plain_job = {name: value for name, value in asdict(job).items() if name not in ("device", "init_from", "normalize")}
         key = keys.stage_key(
             "train",
             component=keys.component_identity(registered, config),

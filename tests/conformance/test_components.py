@@ -109,15 +109,16 @@ READ_ONLY = ("formats/gemma_scope_2", "formats/openai", "formats/goodfire", "for
 # What a component needs in order to be tried: settings without defaults, and what it must refuse. Others are tried as they are.
 TRAIN = {"batch": 256, "width": 96}
 SAELENS = {
-    "standard": {"l1_coefficient": 0.05},
-    "gated": {"l1_coefficient": 0.05},
+    "standard": {"l1_coefficient": 0.5},
+    "gated": {"l1_coefficient": 1.0},
     "topk": {"k": 4},
     "abstopk": {"k": 4},
-    "jumprelu": {"l0_coefficient": 0.01, "jumprelu_init_threshold": 0.1},
+    "jumprelu": {"l0_coefficient": 0.2, "jumprelu_init_threshold": 0.1},
     "batchtopk": {"k": 4.0},
     "matryoshka_batchtopk": {"k": 4.0, "matryoshka_widths": [48, 96]},
     "matching_pursuit": {"max_iterations": 4},
 }
+RECOVER = {"abstopk": 0.7}  # planted features add up with positive signs only; signed latents have more ways to say the same
 ARGUMENTS = {
     "native/topk": lambda tmp: {
         "with_": {**TRAIN, "k": 4},
@@ -128,7 +129,7 @@ ARGUMENTS = {
     "native/abstopk": lambda tmp: {"with_": {**TRAIN, "k": 4}, "refuses": [{"k": 1000}]},
     "native/groupmax": lambda tmp: {"with_": {**TRAIN, "k": 4}, "refuses": [{"k": 5}, {"k_anneal": 0.5}]},
     **{
-        f"saelens/{word}": (lambda tmp, with_=with_: {"with_": {**TRAIN, "lr": 3e-3, **with_}, "refuses": [{"lr": 0.0}, {"lr_warm_up_steps": 400}]})
+        f"saelens/{word}": (lambda tmp, with_=with_: {"with_": {**TRAIN, "lr": 3e-3, **with_}, "recover": RECOVER.get(word, 0.8), "refuses": [{"lr": 0.0}, {"lr_warm_up_steps": 400}]})
         for word, with_ in SAELENS.items()
     },
     "native/files": lambda tmp: stored_activations(tmp / "activations"),
