@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 API_VERSION = 1
 KINDS = ("extractor", "trainer", "evaluator", "exporter")
-NEEDS = frozenset({"activations", "tokens", "sequences", "model", "several_saes"})
+NEEDS = frozenset({"activations", "tokens", "sequences", "model", "several_saes", "measurements"})
 
 
 @dataclass(frozen=True)
@@ -285,6 +285,8 @@ class EvalContext:
     """Progress: `emit({"progress": 0.4, "text": "…"})`."""
     rows: Callable[[EvalDataset, Sequence[str]], Iterator[Rows]] | None = None
     """The recipe's extractor over a dataset: `rows(dataset, sites)` yields one `Rows` a language-model batch."""
+    measured: Sequence[Measurement] = ()
+    """What other evaluators of the run found about these SAEs, for an evaluator that needs `measurements`: it runs after them."""
 
 
 @dataclass(frozen=True)
@@ -335,7 +337,11 @@ class Measurement:
 
 
 class Evaluator(Protocol):
-    """Measures SAEs; rows it cannot measure come back as `not_measured` with a reason, never left out silently."""
+    """Measures SAEs; rows it cannot measure come back as `not_measured` with a reason, never left out silently.
+
+    One that needs `measurements` judges what others measured (`context.measured`); its config dataclass may name them in a class variable
+    `reads` (address -> settings), which is what `saehub eval` and the early look of a training run before it.
+    """
 
     def __init__(self, config: Any): ...
 

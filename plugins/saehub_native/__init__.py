@@ -51,7 +51,7 @@ def saehub_trainers() -> list[Component]:
 
 @hookimpl
 def saehub_evaluators() -> list[Component]:
-    """`native/core`, `native/health` and `native/stability`."""
+    """`native/core`, `native/health`, `native/stability` and `native/verdict`."""
     return [
         Component(
             name="core",
@@ -73,5 +73,12 @@ def saehub_evaluators() -> list[Component]:
             config="saehub_native.evaluate.stability.config:StabilityConfig",
             needs=("model", "tokens", "sequences", "several_saes"),
             summary="what SAEs of one site share: exact matchings with a certified gap, by firing rate, beside random and untrained nulls",
+        ),
+        Component(
+            name="verdict",
+            target="saehub_native.verdict.evaluator:VerdictEvaluator",
+            config="saehub_native.verdict.config:VerdictConfig",
+            needs=("measurements",),
+            summary="good, deceptively good, dead, duplicated, collapsed or undecided, with the evidence and what to check next",
         ),
     ]

@@ -17,6 +17,7 @@ from saehub.cli.running import Pace, extent, line, metrics_text, took
 from saehub.cli.talk import clean, colour, interactive
 from saehub.report import numbers
 from saehub.report.table import Group, Row, dataset_label, footnote, groups, headlines, sizes
+from saehub.report.verdicts import COLUMNS, Verdict, dataset_of, layer_table, verdicts
 
 STATUS = {
     **dict.fromkeys(("ok", "cached"), "green"),
@@ -25,6 +26,9 @@ STATUS = {
     "disabled": "dim",
 }
 """Words that have a colour wherever they fill a cell."""
+
+
+VERDICTS = {"good": "green", "deceptively good": "yellow", "undecided": "yellow", **dict.fromkeys(("dead", "duplicated", "collapsed"), "red")}
 
 
 def console(*, err: bool = False) -> Console:
@@ -85,7 +89,8 @@ def facts(pairs: Iterable[tuple[str, object]], *, title: str = "") -> None:
 
 
 def results(measurements: Iterable[Any]) -> None:
-    """One table an SAE: metric, direction, value ± standard error by dataset, n; then the caveats."""
+    """One table an SAE: metric, direction, value ± standard error by dataset, n; then the caveats; last, verdicts with reasons, or the headlines."""
+    measurements = list(measurements)
     found = groups(measurements)
     if not found:
         return show(Text("no measurements"))
@@ -93,8 +98,28 @@ def results(measurements: Iterable[Any]) -> None:
         if i:
             show(Text(""))
         _group(group)
-    if len(found) > 1:
+    said = verdicts(measurements)
+    if said:
+        _verdicts(said, measurements)
+    elif len(found) > 1:
         _glance(found)
+
+
+def _verdicts(said: Sequence[Verdict], measurements: Sequence[Any]) -> None:
+    """The layer table, then why each verdict is what it is, and what to check."""
+    show(Text(f"\nverdicts ({dataset_of(measurements) or 'no dataset'})", style="bold"))
+    rows = [[_word(cell) if name == "verdict" else text(cell) for name, cell in zip(COLUMNS, line, strict=True)] for line in layer_table(measurements)]
+    table(COLUMNS, rows, right=COLUMNS[2:8])
+    for verdict in said:
+        show(Text.assemble((f"\n{clean(verdict.sae)}: ", "bold"), _word(verdict.word), (f"  {clean(', '.join(verdict.flags))}" if verdict.flags else "", "dim")))
+        for reason in verdict.reasons:
+            show(Text(f"  {clean(reason)}"))
+        if verdict.next:
+            show(Text(f"  next: {clean('; '.join(verdict.next))}", style="dim"))
+
+
+def _word(word: str) -> Text:
+    return text(word, VERDICTS.get(word, ""))
 
 
 def _glance(found: Sequence[Group]) -> None:

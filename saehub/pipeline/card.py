@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +13,15 @@ from saehub.pipeline.environment import peak_resident
 from saehub.pipeline.keys import plain_config
 
 if TYPE_CHECKING:
+    from saehub.api import Measurement
     from saehub.pipeline.context import Context
     from saehub.pipeline.plan import Stage
 
 
-def run_card(context: Context, done: list[Stage], seconds: float, errors: list[SaehubError]) -> dict[str, Any]:
+def run_card(context: Context, done: list[Stage], seconds: float, errors: list[SaehubError], measurements: Iterable[Measurement] = ()) -> dict[str, Any]:
     """Model, data, stream, training, environment, cache and resume facts of one run; numbers measured by evaluators are in results.json."""
     from saehub.recipe import to_plain
+    from saehub.report.verdicts import verdicts
 
     plan = context.plan
     manifests = {stage.id: plan.store.manifest(stage.kind, stage.key) for stage in done}
@@ -36,6 +39,7 @@ def run_card(context: Context, done: list[Stage], seconds: float, errors: list[S
         else None,
         "data": {stage.spec["name"]: _dataset(manifests[stage.id], stage) for stage in done if stage.kind == "tokens"},
         "saes": {stage.id.partition("/")[2]: _sae(stage, manifests[stage.id]) for stage in done if stage.kind in ("train", "load")},
+        "verdicts": {verdict.sae: verdict.to_json() for verdict in verdicts(measurements)},
         "exports": {
             stage.id.partition("/")[2]: {"outcome": manifests[stage.id].get("outcome"), "reason": manifests[stage.id].get("reason")}
             for stage in done

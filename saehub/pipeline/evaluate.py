@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 from saehub.api import Measurement
 from saehub.errors import Interrupted, StageFailed
 from saehub.jsonio import read_json, write_json_atomic
-from saehub.pipeline.evaluation import open_context
+from saehub.pipeline.evaluation import measurement, open_context
 
 if TYPE_CHECKING:
     from saehub.pipeline.context import Context
-    from saehub.pipeline.plan import Stage
+    from saehub.pipeline.plan import Plan, Stage
 
 
 def evaluate_stages(context: Context, stages: list[Stage]) -> None:
@@ -70,7 +70,14 @@ def evaluation_spec(context: Context, stages: list[Stage], needs: set[str]) -> d
         "device": context.device,
         "work_dir": str(plan.base / "work" / stages[0].key[:20]),
         "lm_batch": extract.lm_batch,
+        "measured": [row.to_json() for row in _measured(plan, stages)] if "measurements" in needs else [],
     }
+
+
+def _measured(plan: Plan, stages: list[Stage]) -> list[Measurement]:
+    """The rows of the evaluations that `stages` depend on, each once."""
+    sources = dict.fromkeys(name for stage in stages for name in stage.inputs if name.startswith("evaluate/"))
+    return [row for name in sources for row in read_measurements(plan.stage(name).where)]
 
 
 def subject_spec(name: str, path: Path, site: str | None = None) -> dict[str, Any]:
@@ -94,10 +101,3 @@ def _check_rows(rows: list[Measurement], address: str, ids: list[str]) -> None:
 def read_measurements(folder: Path) -> list[Measurement]:
     """The rows of a finished evaluation stage."""
     return [measurement(data) for data in read_json(Path(folder) / "measurements.json")["measurements"]]
-
-
-def measurement(data: dict[str, Any]) -> Measurement:
-    """A row back from `Measurement.to_json`."""
-    return Measurement(**{**data, "subjects": tuple(data["subjects"]), "subject_hashes": tuple(data["subject_hashes"])})
-
-

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from saehub.api import EvalContext, EvalDataset, ModelSpec, Rows, Subject
+from saehub.api import EvalContext, EvalDataset, Measurement, ModelSpec, Rows, Subject
 
 
 @dataclass
@@ -21,7 +21,7 @@ def open_context(spec: dict[str, Any], *, model: Any = None, extractor: Any = No
     """Build the context from plain data: here, or in the worker that received it.
 
     `spec`: subjects [{id, path, site, target_site}], model (ModelSpec fields or None), datasets {name: folder}, extractor {address, config},
-    seed, device, work_dir, lm_batch.
+    seed, device, work_dir, lm_batch; measured (rows of other evaluators as JSON), where the evaluator needs them.
     """
     from saehub.checkpoint.format import load, read_header, tensors_hash
     from saehub.data.tokens import TokenDataset
@@ -46,11 +46,17 @@ def open_context(spec: dict[str, Any], *, model: Any = None, extractor: Any = No
         finally:
             session.close()
 
+    measured = tuple(measurement(row) for row in spec.get("measured", ()))
     work_dir = Path(spec["work_dir"])
     work_dir.mkdir(parents=True, exist_ok=True)
     return HubEvalContext(
-        subjects, model, datasets, spec["seed"], spec["device"], work_dir, spec["lm_batch"], emit or (lambda event: None), rows, spec=spec
+        subjects, model, datasets, spec["seed"], spec["device"], work_dir, spec["lm_batch"], emit or (lambda event: None), rows, measured, spec=spec
     )
+
+
+def measurement(data: dict[str, Any]) -> Measurement:
+    """A row back from `Measurement.to_json`."""
+    return Measurement(**{**data, "subjects": tuple(data["subjects"]), "subject_hashes": tuple(data["subject_hashes"])})
 
 
 def _extractor(spec: dict[str, Any], given: Any) -> Any:

@@ -399,8 +399,9 @@ class _Planner:
 
     def _evaluate(self, subjects: list[Stage]) -> None:
         text = {stage.spec["name"]: stage.key for stage in self.stages if stage.kind == "tokens" and stage.spec["name"] != "train"}
-        for index, entry in enumerate(self.recipe.evaluate):
-            registered, config = self._component("evaluator", entry.uses, entry.with_, f"evaluate.{entry.id or entry.uses}")
+        found = [(index, entry, *self._component("evaluator", entry.uses, entry.with_, f"evaluate.{entry.id or entry.uses}")) for index, entry in enumerate(self.recipe.evaluate)]
+        # An evaluator that judges measurements comes after those that make them, wherever the recipe lists it.
+        for index, entry, registered, config in sorted(found, key=lambda item: item[2] is not None and "measurements" in item[2].component.needs):
             if registered is None:
                 continue
             needs = set(registered.component.needs)
@@ -422,6 +423,11 @@ class _Planner:
             groups = [chosen] if "several_saes" in needs else [[stage] for stage in chosen]
             for group in groups:
                 suffix = "" if "several_saes" in needs else "/" + group[0].id.partition("/")[2]
+                measured = self._measured_about(group) if "measurements" in needs else []
+                if "measurements" in needs and not measured:
+                    reads = ", ".join(f"{{uses: {address}}}" for address in getattr(config, "reads", {}))
+                    fix = f"add {reads} to evaluate" if reads else "add an evaluator that measures"
+                    self.warnings.append(f"{registered.address} judges what others measured, and nothing measures {group[0].id.partition('/')[2]}: {fix}")
                 key = keys.stage_key(
                     "evaluate",
                     component=keys.component_identity(registered, config),
@@ -433,11 +439,17 @@ class _Planner:
                     attention=self.model.attention if self.model else None,
                     lm_batch=self.recipe.extract.lm_batch,
                     seed=derive("evaluate", name, self.recipe.seed),
+                    **({"measured": [stage.key for stage in measured]} if measured else {}),
                 )
-                inputs = (*(f"tokens/{dataset}" for dataset in text), *(stage.id for stage in group))
+                inputs = (*(f"tokens/{dataset}" for dataset in text), *(stage.id for stage in [*group, *measured]))
                 spec = {"config": config, "subjects": [stage.id for stage in group], "seed": derive("evaluate", name, self.recipe.seed), "entry": index}
                 stage = Stage(f"evaluate/{name}{suffix}", "evaluate", key, Path(), registered.address, inputs, spec=spec, detail={"datasets": list(text)})
                 self.stages.append(self._locate(stage, registered))
+
+    def _measured_about(self, group: list[Stage]) -> list[Stage]:
+        """The evaluations planned so far that measure an SAE of `group`."""
+        ids = {stage.id for stage in group}
+        return [stage for stage in self.of("evaluate") if ids & set(stage.spec["subjects"])]
 
     def _export(self, subjects: list[Stage]) -> None:
         for entry in self.recipe.export:

@@ -380,7 +380,7 @@ def _publish(context: Context, seconds: float, errors: list[SaehubError]) -> lis
             elif stage.kind == "evaluate":
                 measurements += read_measurements(stage.where)
         write_json_atomic(plan.run_dir / "results.json", {"schema": 1, "measurements": [row.to_json() for row in measurements]})
-        write_json_atomic(plan.run_dir / "run_card.json", run_card(context, done, seconds, errors))
+        write_json_atomic(plan.run_dir / "run_card.json", run_card(context, done, seconds, errors, measurements))
         write_report(plan.run_dir)
     return measurements
 

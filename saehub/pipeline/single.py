@@ -57,8 +57,20 @@ def recipe_for(
         },
         "extract": {"sites": [known["site"]]},
         "saes": [{"id": "sae", "load": checkpoint}],
-        "evaluate": [{"uses": evaluator, "with": dict(with_ or {})}],
+        "evaluate": [*_read_by(evaluator), {"uses": evaluator, "with": dict(with_ or {})}],
     }
+
+
+def _read_by(evaluator: str) -> list[dict[str, Any]]:
+    """The evaluators whose measurements this one judges, each with its default settings; none where it measures itself."""
+    from saehub.errors import SaehubError
+    from saehub.plugins import catalog
+
+    try:
+        config = catalog().find("evaluator", evaluator).load_config()
+    except SaehubError:  # the check of the recipe says what is wrong
+        return []
+    return [{"uses": address} for address in getattr(config, "reads", {})]
 
 
 def _datasets(data: Sequence[str], trained_on: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -89,7 +89,9 @@ def measurement(data: Mapping[str, Any] | Measurement) -> Measurement:
 def cell(row: Measurement) -> Cell:
     """What is printed for one measurement."""
     interval = (row.ci_low, row.ci_high) if row.ci_low is not None and row.ci_high is not None else None
-    if row.status == "ok" and row.value is not None:
+    if row.status == "ok" and row.parts.get("word"):  # a class, coded as a number, which says itself in words
+        text = str(row.parts["word"])
+    elif row.status == "ok" and row.value is not None:
         text = numbers.with_error(row.value, row.stderr)
         if row.stderr is None and interval:
             text = f"{numbers.value(row.value)} [{numbers.value(interval[0])}, {numbers.value(interval[1])}]"

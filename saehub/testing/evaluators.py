@@ -74,8 +74,20 @@ class Bench:
             "device": "cpu",
             "work_dir": str(self.folder / "work"),
             "lm_batch": lm_batch,
+            "measured": self._measured(paths) if "measurements" in self.needs else [],
         }
         return open_context(spec, model=self.stage.model if "model" in self.needs else None)
+
+    def _measured(self, paths: Mapping[str, Path]) -> list[dict]:
+        """What the evaluators that this one reads (`reads` of its settings) say about the suite's SAEs, with their default settings."""
+        rows: list[dict] = []
+        for address, settings in getattr(self.subject.config, "reads", {}).items():
+            key = (address, *map(str, paths.values()))
+            if key not in self._cache:
+                other = Bench(resolve("evaluator", address, dict(settings)), self.folder, None, self.stage)
+                self._cache[key] = other.rows(other.context(tuple(paths), saes=paths))
+            rows += [row.to_json() for row in self._cache[key]]
+        return rows
 
     def rows(self, context: HubEvalContext) -> list[Measurement]:
         """The evaluator's measurements, from its plugin's worker where it has one."""
