@@ -16,19 +16,20 @@ VOCAB = 258
 """256 bytes, `<s>` (256) and `</s>` (257)."""
 
 
-def planted(n: int, d: int, n_features: int, l0: float, seed: int = 0, noise: float = 0.0) -> tuple[Tensor, Tensor]:
+def planted(n: int, d: int, n_features: int, l0: float, seed: int = 0, noise: float = 0.0, features: int | None = None) -> tuple[Tensor, Tensor]:
     """Rows that are sparse sums of known features: the answer that a trainer must find.
 
         x = Σ_i a_i D_i + noise·ε     a_i ~ U[0.5, 1.5] with probability l0 / n_features, else 0;  ‖D_i‖ = 1
 
-    Returns x_ND float32 [n, d] and the dictionary D_FD float32 [n_features, d]. `l0` is the mean number of active features a row.
+    Returns x_ND float32 [n, d] and the dictionary D_FD float32 [n_features, d]. `l0` is the mean number of active features a row;
+    `features` (None: `seed`) draws another dictionary for the same a, which is what a transcoder predicts.
     """
     import torch
 
     if not 0 < l0 <= n_features:
         raise UsageError(f"l0 is {l0} with {n_features} features", fix="0 < l0 <= n_features")
-    features = generator("planted features", d, n_features, seed)
-    D_FD = torch.nn.functional.normalize(torch.randn(n_features, d, generator=features), dim=1)
+    draw = generator("planted features", d, n_features, seed if features is None else features)
+    D_FD = torch.nn.functional.normalize(torch.randn(n_features, d, generator=draw), dim=1)
     rows = generator("planted rows", n, d, n_features, float(l0), seed)
     active_NF = torch.rand(n, n_features, generator=rows) < l0 / n_features
     a_NF = active_NF * (0.5 + torch.rand(n, n_features, generator=rows))

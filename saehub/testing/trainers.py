@@ -37,19 +37,23 @@ SHORT = 24
 class Bench:
     """Planted data, a job over it, and short runs of the trainer under test."""
 
-    def __init__(self, subject: Subject, d: int, n_features: int, l0: float, steps: int, device: str):
+    def __init__(self, subject: Subject, d: int, n_features: int, l0: float, steps: int, device: str, transcoder: bool = False):
         from saehub.testing.toys import planted
 
         self.subject = subject
         self.batch = int(getattr(subject.config, "batch", 256))
         rows = steps * self.batch
         x_ND, self.dictionary_FD = planted(rows + 8192, d, n_features, l0, seed=3)
-        self.x_ND, self.pool = x_ND[:rows].to(device), CalibrationRows(x_ND[rows:].to(device))
+        self.y_ND, held_ND = None, None
+        if transcoder:  # the same activations in another dictionary
+            y_ND, self.dictionary_FD = planted(rows + 8192, d, n_features, l0, seed=3, features=5)
+            self.y_ND, held_ND = y_ND[:rows].to(device), y_ND[rows:].to(device)
+        self.x_ND, self.pool = x_ND[:rows].to(device), CalibrationRows(x_ND[rows:].to(device), held_ND)
         self.pristine = self.pool.x_ND.clone()
         self.job = Job(
             id="conformance",
             site="resid_post.0",
-            target_site=None,
+            target_site="mlp_out.0" if transcoder else None,
             d_in=d,
             d_out=d,
             steps=steps,
@@ -67,6 +71,10 @@ class Bench:
         """The rows of one step, a copy of its own."""
         return self.x_ND[step * self.batch : (step + 1) * self.batch].clone()
 
+    def targets_at(self, step: int) -> tuple[Tensor, ...]:
+        """The targets of one step, a copy of their own; empty for an autoencoder."""
+        return () if self.y_ND is None else (self.y_ND[step * self.batch : (step + 1) * self.batch].clone(),)
+
     def open(self, job: Job) -> TrainerSession:
         """A session of a fresh trainer."""
         trainer: Trainer = self.subject.make()
@@ -76,7 +84,7 @@ class Bench:
         """Steps start … steps of a job."""
         session = session or self.open(job)
         for step in range(start, job.steps if steps is None else steps):
-            session.step(self.batch_at(step))
+            session.step(self.batch_at(step), *self.targets_at(step))
         return session
 
 
@@ -89,6 +97,7 @@ def check_trainer(
     l0: float = 4.0,
     steps: int = 400,
     recover: float = 0.8,
+    transcoder: bool = False,
     refuses: Iterable[Mapping[str, Any]] = (),
     device: str = "cpu",
     only: Collection[str] | None = None,
@@ -101,13 +110,14 @@ def check_trainer(
         with_: settings, as in a recipe (the first two forms). Give the dictionary at least `n_features` latents.
         d, n_features, l0, steps: size of the planted problem; the batch is the config's.
         recover: mean max cosine that the learned decoder must reach with the planted features (random rows reach about 0.4 at the defaults).
+        transcoder: for a trainer of transcoders only: every check gives it targets, the planted activations in another dictionary.
         refuses: settings that the trainer must refuse, such as `[{"k": 100_000}]`.
         device: where it trains.
         only: names of the checks to run; None: all.
         workers: worker processes to use and to leave running, so that several components share one import of their library; None: own ones.
     """
     subject = resolve("trainer", component, with_, workers)
-    bench = Bench(subject, d, n_features, l0, steps, device)
+    bench = Bench(subject, d, n_features, l0, steps, device, transcoder)
     checks: list[tuple[str, Callable[[], str | None]]] = [
         *common_checks(subject),
         ("says what it will do", lambda: _says_what_it_will_do(bench)),
@@ -171,7 +181,7 @@ def _side_by_side(bench: Bench) -> str:
     together = [bench.open(job) for job in jobs]
     for step in range(SHORT):
         for session in together:
-            session.step(bench.batch_at(step))
+            session.step(bench.batch_at(step), *bench.targets_at(step))
     for tensors, session in zip(alone, together, strict=True):
         gap = difference(tensors, session.finish().tensors())
         expect(not gap, f"a job that shares the stream with another ends elsewhere than alone: {gap}")
@@ -222,15 +232,15 @@ def _inputs_untouched(bench: Bench) -> str:
     for step in range(3):
         x_BD = bench.batch_at(step)
         kept = x_BD.clone()
-        session.step(x_BD)
+        session.step(x_BD, *bench.targets_at(step))
         expect(torch.equal(kept, x_BD) and not x_BD.requires_grad, f"step {step} changed its rows")
     # A batch that is overwritten after the step (the hub reuses its buffers) must not matter.
     left, right = bench.open(bench.short()), bench.open(bench.short())
     for step in range(6):
         reused = bench.batch_at(step)
-        left.step(reused)
+        left.step(reused, *bench.targets_at(step))
         reused.fill_(float("nan"))
-        right.step(bench.batch_at(step))
+        right.step(bench.batch_at(step), *bench.targets_at(step))
     gap = difference(left.finish().tensors(), right.finish().tensors())
     expect(not gap, f"rows are kept by reference after step(): {gap}")
     return ""
@@ -324,7 +334,7 @@ def _transcoder(bench: Bench) -> str:
 
 def _refuses(bench: Bench, subject: Subject, component: Any, with_: Mapping[str, Any] | None, refuses: list[Mapping[str, Any]]) -> str:
     # An autoencoder whose output is wider than its input does not exist: said before work starts, and not begun.
-    impossible = bench.short(d_out=bench.job.d_in + 1)
+    impossible = bench.short(target_site=None, d_out=bench.job.d_in + 1)
     problems = _problems(bench, impossible)
     expect(problems, "check(job) accepts an autoencoder with d_in != d_out (and no target site)")
     raises_cleanly(lambda: bench.open(impossible), "open() with a job that check(job) refuses")
@@ -362,7 +372,7 @@ def _warm_start(bench: Bench) -> str:
             return f"refused: {problems[0]}"
         warm, cold = bench.open(warm_job), bench.open(bench.short())
         for session in (warm, cold):
-            session.step(bench.batch_at(0))
+            session.step(bench.batch_at(0), *bench.targets_at(0))
     first, scratch_loss = warm.metrics()["loss"], cold.metrics()["loss"]
     expect(first < scratch_loss, f"init_from is ignored: first loss {first:.4g} from a trained SAE, {scratch_loss:.4g} from scratch")
     return f"first loss {first:.3g}, from scratch {scratch_loss:.3g}"
@@ -378,8 +388,9 @@ def _recovers(bench: Bench, recover: float) -> str:
     random_GD = torch.randn(decoder_GD.shape, generator=torch.Generator().manual_seed(0))
     found, chance = mmcs(bench.dictionary_FD, decoder_GD), mmcs(bench.dictionary_FD, random_GD)
     x_ND = bench.pool.x_ND
+    y_ND = x_ND if bench.pool.y_ND is None else bench.pool.y_ND
     with torch.no_grad():
-        fvu = float((sae(x_ND) - x_ND).double().square().sum() / (x_ND - x_ND.mean(0)).double().square().sum())
+        fvu = float((sae(x_ND) - y_ND).double().square().sum() / (y_ND - y_ND.mean(0)).double().square().sum())
     seen = f"MMCS {found:.3f} (random rows {chance:.3f}, bound {recover:.2f}), held-out FVU {fvu:.3f}"
     expect(found >= recover and found > chance + 0.1, f"planted features not found: {seen}")
     expect(fvu < 0.9, f"the SAE does not reconstruct rows in the units it was given: {seen}")

@@ -119,6 +119,15 @@ SAELENS = {
     "matching_pursuit": {"max_iterations": 4},
 }
 RECOVER = {"abstopk": 0.7}  # planted features add up with positive signs only; signed latents have more ways to say the same
+
+
+def sparsify(word: str) -> dict:
+    """Settings of a Sparsify trainer, and what it must refuse."""
+    refuses = [{"k": 1000}, {"k": 0}, {"lr": -1.0}, {"expansion": 4.0}, {"optimizer": "adam", "warmup": 400}, {"k_decay_steps": 401}]
+    refuses += {"groupmax": [{"k": 5}, {"k_decay_steps": 10}], "multi_topk": [{"k": 25}]}.get(word, [])
+    return {"with_": {**TRAIN, "k": 4}, "refuses": refuses, "transcoder": "transcoder" in word}
+
+
 ARGUMENTS = {
     "native/topk": lambda tmp: {
         "with_": {**TRAIN, "k": 4},
@@ -132,6 +141,7 @@ ARGUMENTS = {
         f"saelens/{word}": (lambda tmp, with_=with_: {"with_": {**TRAIN, "lr": 3e-3, **with_}, "recover": RECOVER.get(word, 0.8), "refuses": [{"lr": 0.0}, {"lr_warm_up_steps": 400}]})
         for word, with_ in SAELENS.items()
     },
+    **{f"sparsify/{word}": (lambda tmp, word=word: sparsify(word)) for word in ("topk", "groupmax", "multi_topk", "transcoder", "skip_transcoder")},
     "native/files": lambda tmp: stored_activations(tmp / "activations"),
     "formats/circuit_tracer": lambda tmp: {"saes": placed_transcoders()},
     **{address: (lambda tmp, address=address: published(tmp)[address]) for address in READ_ONLY},

@@ -1,0 +1,103 @@
+"""Sparsify's Trainer on a language model, driven by Sparsify, against saehub's sessions on the same rows: the same weights, bit for bit."""
+
+from __future__ import annotations
+
+import runpy
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from saehub.api import CalibrationRows, Job
+from saehub.pipeline.components import Components
+from saehub.plugins import catalog
+from saehub.recipe.check import make_config
+
+SCRIPT = Path(__file__).with_name("sparsify_trains.py")
+theirs = SimpleNamespace(**runpy.run_path(str(SCRIPT)))
+BATCH = theirs.SEQUENCES * theirs.LENGTH
+WORDS = {"lr_warmup_steps": "warmup", "dead_feature_threshold": "dead_after"}
+CASES = [(run, point, seed) for run, (_, points, settings) in theirs.RUNS.items() for point in points for seed in settings.get("init_seeds", [0])]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """The library's runs."""
+    folder = tmp_path_factory.mktemp("sparsify-trains")
+    done = subprocess.run([sys.executable, str(SCRIPT), str(folder)], capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def components() -> Iterator[Components]:
+    """One worker for the module."""
+    with Components() as workers:
+        yield workers
+
+
+class Ours:
+    """One run's job, rows and sessions."""
+
+    def __init__(self, components: Components, made: Path, run: str, point: str, seed: int):
+        coder, _, settings = theirs.RUNS[run]
+        name = run.partition(" ")[0] if " " in run and run.partition(" ")[0] in ("groupmax", "multi_topk", "transcoder", "skip_transcoder") else "topk"
+        with_ = {WORDS.get(word, word): value for word, value in settings.items() if word != "init_seeds"}
+        with_ |= {"batch": BATCH, "width": theirs.LATENTS, "k": theirs.K} | {key: value for key, value in coder.items() if key == "normalize_decoder"}
+        self.registered = catalog().find("trainer", f"sparsify/{name}")
+        self.config = make_config(self.registered, with_)
+        self.components = components
+        rows = load_file(made / run / "rows.safetensors")
+        self.x, self.y = rows[f"x {point}"], rows.get(f"y {point}")
+        target = "mlp_out.1" if self.y is not None else None
+        self.job = Job(run, "resid_post.1", target, theirs.D, theirs.D, theirs.STEPS, BATCH, theirs.STEPS * BATCH, seed)
+        several = "init_seeds" in settings
+        at = f"{point}/seed{seed}" if several else point
+        self.saved = load_file(made / run / at / "sae.safetensors")
+        self.features = load_file(made / run / "features.safetensors")[at]
+
+    def open(self):
+        """A session in the worker."""
+        return self.components.make(self.registered, self.config).open(self.job, CalibrationRows(torch.zeros(4, theirs.D)))
+
+    def steps(self, session, start: int, end: int) -> dict:
+        """Steps start … end, in one message."""
+        y_ND = None if self.y is None else self.y[start:end].flatten(0, 1)
+        return session.steps(self.x[start:end].flatten(0, 1), y_ND, BATCH)
+
+
+def stored(sae) -> dict[str, torch.Tensor]:
+    """Our tensors under the library's names."""
+    t = sae.tensors()
+    return {"encoder.weight": t["W_enc"].T, "encoder.bias": t["b_enc"], **{name: t[name] for name in ("W_dec", "b_dec", "W_skip") if name in t}}
+
+
+@pytest.mark.parametrize(("run", "point", "seed"), CASES)
+def test_weights_are_those_of_the_library_also_after_a_stop(run, point, seed, made, components):
+    """Bit for bit, for every trainer and optimizer; several hookpoints and seeds of one upstream Trainer are as many jobs of ours."""
+    ours = Ours(components, made, run, point, seed)
+    session = ours.open()
+    ours.steps(session, 0, 5)
+    tensors, data = session.state()
+    metrics = ours.steps(session, 5, theirs.STEPS)
+    sae = session.finish()
+    found = stored(sae)
+    assert set(found) == set(ours.saved)
+    for name, expected in ours.saved.items():
+        assert torch.equal(found[name], expected), f"{name} differs by {(found[name] - expected).abs().max():.3g}"
+    assert metrics["l0"] <= theirs.K and 0 < metrics["fvu"] < 2 and "lr" in metrics
+
+    resumed = ours.open()
+    resumed.load_state(tensors, data)
+    ours.steps(resumed, 5, theirs.STEPS)
+    assert all(torch.equal(tensor, found[name]) for name, tensor in stored(resumed.finish()).items()), "not bit-identical after a stop at step 5"
+
+    f_NF = sae.encode(ours.x[-1])
+    assert torch.equal(f_NF != 0, ours.features != 0)
+    torch.testing.assert_close(f_NF, ours.features, rtol=1e-5, atol=1e-6)
+    assert sae.provenance["origin"]["config"]["k"] == theirs.K
