@@ -125,7 +125,10 @@ def sparsify(word: str) -> dict:
     """Settings of a Sparsify trainer, and what it must refuse."""
     refuses = [{"k": 1000}, {"k": 0}, {"lr": -1.0}, {"expansion": 4.0}, {"optimizer": "adam", "warmup": 400}, {"k_decay_steps": 401}]
     refuses += {"groupmax": [{"k": 5}, {"k_decay_steps": 10}], "multi_topk": [{"k": 25}]}.get(word, [])
-    return {"with_": {**TRAIN, "k": 4}, "refuses": refuses, "transcoder": "transcoder" in word}
+    arguments = {"with_": {**TRAIN, "k": 4}, "refuses": refuses, "transcoder": "transcoder" in word}
+    if word == "skip_transcoder":  # the linear path explains part of what the features would; signum needs more than 400 steps there
+        arguments |= {"with_": {**TRAIN, "k": 4, "optimizer": "adam", "lr": 3e-3}, "recover": 0.7}
+    return arguments
 
 
 ARGUMENTS = {
