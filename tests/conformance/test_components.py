@@ -147,6 +147,11 @@ ARGUMENTS = {
     **{f"sparsify/{word}": (lambda tmp, word=word: sparsify(word)) for word in ("topk", "groupmax", "multi_topk", "transcoder", "skip_transcoder")},
     "native/files": lambda tmp: stored_activations(tmp / "activations"),
     "formats/circuit_tracer": lambda tmp: {"saes": placed_transcoders()},
+    "saebench/core": lambda tmp: {"with_": {"batch_size_prompts": 4, "seeds": [1, 2]}},
+    "saebench/meta_structure": lambda tmp: {"with_": {"train_steps": 20, "train_batch_size": 32, "seeds": [1, 2]}},
+    "saebench/sae_probes": lambda tmp: {
+        "with_": {"dataset_names": ["119_us_state_TX"], "ks": [1], "reg_type": "l2", "include_llm_baseline": False, "seeds": [1, 2]}
+    },
     **{address: (lambda tmp, address=address: published(tmp)[address]) for address in READ_ONLY},
 }
 

@@ -1,0 +1,43 @@
+"""SAEBench as a saehub plugin: what it offers, as data; imports neither torch nor sae_bench."""
+
+from __future__ import annotations
+
+from saehub import Component, hookimpl
+
+# SAEBench's run-time type checks refuse a TransformerBridge, and crash under beartype >= 0.18.
+ENVIRONMENT = (("JAXTYPING_DISABLE", "1"), ("WANDB_MODE", "disabled"))
+
+
+def _evaluator(name: str, target: str, config: str, summary: str, needs: tuple[str, ...] = ("model",)) -> Component:
+    return Component(
+        name=name,
+        target=f"saehub_saebench.{target}",
+        config=f"saehub_saebench.config:{config}",
+        requires=("sae_bench",),
+        extra="saebench",
+        summary=summary,
+        needs=needs,
+        env=ENVIRONMENT,
+    )
+
+
+@hookimpl
+def saehub_evaluators() -> list[Component]:
+    """SAEBench 0.6's evals, each on any SAE and any model."""
+    return [
+        _evaluator(
+            "core",
+            "core:Core",
+            "CoreConfig",
+            "CE and KL recovered, explained variance, L0, shrinkage: SAEBench's numbers with corrected ones beside them",
+            ("model", "tokens", "sequences"),
+        ),
+        _evaluator("sae_probes", "probes:SaeProbes", "SaeProbesConfig", "k-sparse probes on up to 113 labelled texts that come with it: the most reliable"),
+        _evaluator(
+            "meta_structure",
+            "meta_structure:MetaStructure",
+            "MetaStructureConfig",
+            "how much of the decoder a small SAE trained on its rows explains",
+            (),
+        ),
+    ]

@@ -1,0 +1,72 @@
+"""A block of SAEBench's code in; the same block run in a private folder, with everything global put back after it, out."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from saehub.jsonio import hash_json
+
+
+@contextmanager
+def untouched_world() -> Iterator[None]:
+    """Put back what SAEBench changes and never restores: grad mode, random states, the folder, environment variables, dtype, threads."""
+    grad, dtype, threads = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads()
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002  the global state is what must come back
+    gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    folder, environment = Path.cwd(), dict(os.environ)
+    precision = torch.get_float32_matmul_precision()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # thousands, about scikit-learn's and pydantic's next versions
+            yield
+    finally:
+        os.chdir(folder)
+        for name in set(os.environ) - set(environment):
+            del os.environ[name]
+        os.environ.update(environment)
+        torch.set_grad_enabled(grad)
+        torch.set_default_dtype(dtype)
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        torch.set_rng_state(states[2])
+        if gpu:
+            torch.cuda.set_rng_state_all(gpu)
+
+
+@contextmanager
+def private_folder(base: Path, **identity: Any) -> Iterator[Path]:
+    """A new empty working folder below `base`, named by the hash of `identity` (tensor hash, settings, seed …), gone afterwards.
+
+    SAEBench and sae-probes skip work whose result file exists, and know an SAE by its name alone. Here no file of another SAE, setting or
+    seed can exist: the name holds what decides the result, and whatever a killed run left is removed first.
+    """
+    folder = Path(base).absolute() / hash_json(identity)[:32]
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield folder
+    finally:
+        os.chdir(before)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's global random states: several of SAEBench's evals never do."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    torch.manual_seed(seed)
+    torch.set_grad_enabled(True)
