@@ -6,11 +6,14 @@ from saehub import Component, hookimpl
 
 
 TRAINERS = (
-    ("topk", "TopKConfig", "TopK: the k largest pre-activations a row, dead latents revived through AuxK"),
-    ("batchtopk", "BatchTopKConfig", "BatchTopK: k a row on average, chosen over the batch; one calibrated threshold at inference"),
-    ("matryoshka_batchtopk", "MatryoshkaConfig", "Matryoshka BatchTopK: every prefix of latents reconstructs by itself"),
-    ("abstopk", "AbsTopKConfig", "AbsTopK: the k largest pre-activations a row by absolute value, signs kept"),
-    ("groupmax", "GroupMaxConfig", "GroupMax: the largest pre-activation of each of k groups of latents"),
+    ("topk", "config:TopKConfig", "TopK: the k largest pre-activations a row, dead latents revived through AuxK"),
+    ("batchtopk", "config:BatchTopKConfig", "BatchTopK: k a row on average, chosen over the batch; one calibrated threshold at inference"),
+    ("matryoshka_batchtopk", "config:MatryoshkaConfig", "Matryoshka BatchTopK: every prefix of latents reconstructs by itself"),
+    ("abstopk", "config:AbsTopKConfig", "AbsTopK: the k largest pre-activations a row by absolute value, signs kept"),
+    ("relu", "config_dense:ReLUConfig", "ReLU: L1 weighted by the decoder's norms, steered to an L0; p-annealing"),
+    ("jumprelu", "config_dense:JumpReLUConfig", "JumpReLU: a threshold a latent, trained straight through, by Anthropic's recipe or GDM's"),
+    ("gated", "config_dense:GatedConfig", "Gated: which latents fire and how much, decided apart"),
+    ("groupmax", "config:GroupMaxConfig", "GroupMax: the largest pre-activation of each of k groups of latents"),
 )
 
 
@@ -41,7 +44,7 @@ def saehub_trainers() -> list[Component]:
         Component(
             name=name,
             target="saehub_native.train:NativeTrainer",
-            config=f"saehub_native.config:{config}",
+            config=f"saehub_native.{config}",
             needs=("activations",),
             summary=summary,
         )

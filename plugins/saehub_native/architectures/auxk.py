@@ -61,12 +61,12 @@ def add_auxk(
     return alpha * error / spread
 
 
-def add_bias_push(grads: dict[str, Tensor], params: Mapping[str, Tensor], dead_F: Tensor, weight: float) -> Tensor:
-    """Add the gradient of L_push = −weight · Σ_{f dead} b_enc[f] to `grads` (b_enc; in place) and return L_push.
+def add_bias_push(grads: dict[str, Tensor], params: Mapping[str, Tensor], dead_F: Tensor, weight: float, bias: str = "b_enc") -> Tensor:
+    """Add the gradient of L_push = −weight · Σ_{f dead} b_enc[f] to `grads` (b_enc, or another `bias`; in place) and return L_push.
 
     A dead latent below zero on every row of a batch has no gradient through AuxK's ReLU; this raises it until some row reaches it. The
     idea is the pre-activation loss of Anthropic's January 2025 update (transformer-circuits.pub), on the bias alone: b_dec, which moves
     pre-activations too, has no share in it.
     """
-    grads["b_enc"].sub_(dead_F.to(grads["b_enc"].dtype), alpha=weight)
-    return (params["b_enc"] * dead_F).sum() * -weight
+    grads[bias].sub_(dead_F.to(grads[bias].dtype), alpha=weight)
+    return (params[bias] * dead_F).sum() * -weight

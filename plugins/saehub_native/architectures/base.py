@@ -77,14 +77,16 @@ class Base:
         target_BD = y_BD - params["b_dec"]
         return target_BD.addmm_(x_BD, params["W_skip"].t(), alpha=-1) if self.config.skip else target_BD
 
-    def outer_gradients(self, grads: dict[str, Tensor], params: Mapping[str, Tensor], grad_BD: Tensor, x_BD: Tensor) -> None:
-        """Add b_dec and W_skip to `grads`, which holds b_enc, from G = ∂L/∂x̂:
+    def outer_gradients(
+        self, grads: dict[str, Tensor], params: Mapping[str, Tensor], delta_F: Tensor, grad_BD: Tensor, x_BD: Tensor
+    ) -> None:
+        """Add b_dec and W_skip to `grads`, from G = ∂L/∂x̂ and δ = Σ_b ∂L/∂p_b (which is ∂b_enc):
 
-        ∂b_dec = Σ_b G_b − ∂b_encᵀ W_enc  (the second path, through x', exists only where b_dec is subtracted),  ∂W_skip = Gᵀ x.
+        ∂b_dec = Σ_b G_b − δᵀ W_enc  (the second path, through x', exists only where b_dec is subtracted),  ∂W_skip = Gᵀ x.
         """
         grads["b_dec"] = grad_BD.sum(0)
         if self.subtract_b_dec:
-            grads["b_dec"] -= grads["b_enc"] @ params["W_enc"]
+            grads["b_dec"] -= delta_F @ params["W_enc"]
         if self.config.skip:
             grads["W_skip"] = grad_BD.t() @ x_BD
 

@@ -59,7 +59,7 @@ class Sparse(Base):
         loss = loss + add_auxk(
             grads, params, centred_BD, residual_BD, dead_F, k_aux=config.aux_latents(self.job), alpha=config.auxk_alpha, signed=signed
         )
-        self.outer_gradients(grads, params, grad_BD, x_BD)
+        self.outer_gradients(grads, params, grads["b_enc"], grad_BD, x_BD)
         loss = loss + add_bias_push(grads, params, dead_F, config.revive)
 
         alive_BK = values_BK != 0
