@@ -138,6 +138,9 @@ ARGUMENTS = {
     },
     "native/batchtopk": lambda tmp: {"with_": {**TRAIN, "k": 4}, "refuses": [{"k": 1000}, {"k_anneal": 2.0}]},
     "native/matryoshka_batchtopk": lambda tmp: {"with_": {**TRAIN, "k": 4}, "refuses": [{"prefixes": [0.5]}, {"prefixes": [1.0, 1.0]}]},
+    "native/relu": lambda tmp: {"with_": {**TRAIN, "target_l0": 4.0}, "refuses": [{"target_l0": 1000.0}, {"p_end": 0.0}]},
+    "native/jumprelu": lambda tmp: {"with_": {**TRAIN, "target_l0": 4.0}, "refuses": [{"bandwidth": 0.0}, {"penalty": "l2"}]},
+    "native/gated": lambda tmp: {"with_": {**TRAIN, "target_l0": 4.0}, "refuses": [{"sparsity": -1.0}]},
     "native/abstopk": lambda tmp: {"with_": {**TRAIN, "k": 4}, "refuses": [{"k": 1000}]},
     "native/groupmax": lambda tmp: {"with_": {**TRAIN, "k": 4}, "refuses": [{"k": 5}, {"k_anneal": 0.5}]},
     **{

@@ -1,0 +1,249 @@
+"""The same batches to every native architecture and to the peers that have it; a table of FVU at equal rows and L0, dead latents and CPU time out.
+
+    python tests/benchmarks/architectures_quality.py --threads 1         # both data sets, the table of results/architectures_quality.txt
+    python tests/benchmarks/architectures_quality.py --data gpt2 --only batchtopk
+
+Systems share: the rows and their order, batch, steps, width, the target L0, and rows that are normalised to a mean square of 1 per dimension.
+Peers are the libraries' own training code, through the hub's components, each in a process of its own: at their own defaults, and at the best
+learning rate of a small sweep with a decay over the last fifth and a dead-latent window that the run can reach. Warm-ups, which by default are
+longer than the whole run, are 5 % of it for all. FVU is computed here for every system alike, from the finished SAE in float64, on rows that
+none has seen: Σ|x̂−x|² / Σ|x−x̄|². A latent is dead when none of those rows makes it fire. Peers whose L0 is the outcome of a coefficient are tried
+at several; ours is trained to the L0 that the best of them reached, so that the two are compared at equal L0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from importlib import metadata
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "disabled")
+os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")
+import numpy as np
+import torch
+from topk_quality import CALIBRATION, Rows, prepare
+
+RESULTS = Path(__file__).parent / "results"
+HELDOUT, K = 16_384, 32
+NATIVE = ("topk", "batchtopk", "matryoshka_batchtopk", "abstopk", "groupmax", "jumprelu", "relu", "gated")
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+def gpt2_rows(rows: int, cache: Path) -> Rows:
+    """Rows after the first block of a small GPT-2 with drawn weights (d = 96) on the bytes of the built-in text: another family, another width."""
+    from saehub.builtin.text import documents
+    from saehub.testing.toys import tiny_model
+    from transformers import AutoModelForCausalLM
+
+    folder = cache / f"gpt2-{rows}"
+    if not (folder / "train.npy").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        model = AutoModelForCausalLM.from_pretrained(tiny_model(folder / "model", "gpt2", d_model=96)).eval()
+        kept: list[torch.Tensor] = []
+        model.transformer.h[0].register_forward_hook(lambda module, inputs, output: kept.append(output[0] if isinstance(output, tuple) else output))
+        parts = {}
+        for split, wanted in (("train", rows + CALIBRATION), ("heldout", HELDOUT)):
+            data = b"\n".join(document.text.encode() for document in documents("python-docs", split))[: wanted * 64 // 63 + 64 * 64]
+            ids = torch.tensor(list(data)[: len(data) // 64 * 64]).view(-1, 64)
+            found = []
+            with torch.inference_mode():
+                for batch in ids.split(256):
+                    kept.clear()
+                    model.transformer(batch)
+                    found.append(kept[0][:, 1:].reshape(-1, kept[0].shape[-1]))
+            parts[split] = torch.cat(found)[:wanted]
+        parts["train"] = parts["train"][torch.randperm(len(parts["train"]), generator=torch.Generator().manual_seed(0))]
+        parts |= {"calibration": parts["train"][:CALIBRATION], "train": parts["train"][CALIBRATION:]}
+        scale = float(parts["calibration"].square().mean().sqrt())
+        for part, tensor in parts.items():
+            np.save(folder / f"{part}.npy", (tensor / scale).numpy())
+    return Rows(folder)
+
+
+# ------------------------------------------------------------------------------------------------------------- systems
+def make_job(rows: Rows, batch: int, seed: int = 0):
+    """The job that every system gets."""
+    from saehub.api import Job
+
+    n, d = rows.train.shape
+    return Job("quality", "resid_post.2", None, d, d, n // batch, batch, n, seed, calibration=8192)
+
+
+def one(order: dict) -> None:
+    """The child process: train one component on the rows, judge its SAE."""
+    torch.set_num_threads(order["threads"])
+    from saehub.pipeline.local import configured
+    from saehub.plugins import catalog
+
+    rows = Rows(Path(order["folder"]))
+    registered = catalog().find("trainer", order["component"])
+    os.environ.update(dict(registered.component.env))
+    job = make_job(rows, order["with"]["batch"])
+    from saehub.recipe.check import make_config
+
+    trainer = registered.load()(configured(registered, make_config(registered, order["with"])))
+    session = trainer.open(job, lambda n: (rows.calibration[:n].clone(), None))
+    cpu = time.process_time()
+    for step in range(job.steps):
+        session.step(rows.train[step * job.batch : (step + 1) * job.batch].clone())
+    spent = (time.process_time() - cpu) / job.steps
+    print(json.dumps({"cpu_ms_step": 1e3 * spent, **judge(session.finish(), rows.heldout[:HELDOUT])}))
+
+
+@torch.no_grad()
+def judge(sae, x_ND: torch.Tensor) -> dict:
+    """FVU, L0 and the share of latents that never fire, in float64, the same code for every system."""
+    mean, error, spread, active = x_ND.double().mean(0), 0.0, 0.0, 0
+    fired = torch.zeros(sae.config.d_sae, dtype=torch.bool)
+    for x in x_ND.split(2048):
+        acts = sae.encode(x, dtype=torch.float64)
+        error += float((sae.decode(acts, like=x, dtype=torch.float64) - x.double()).square().sum())
+        spread += float((x.double() - mean).square().sum())
+        active += int((acts != 0).sum())
+        fired |= (acts != 0).any(0)
+    return {"fvu": error / spread, "l0": active / len(x_ND), "dead": 1 - float(fired.double().mean())}
+
+
+def run_apart(component: str, with_: dict, rows: Rows, threads: int) -> dict:
+    """One training in a process of its own."""
+    order = {"component": component, "with": with_, "folder": str(rows.folder), "threads": threads}
+    done = subprocess.run([sys.executable, __file__, "--one", json.dumps(order)], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{component} {with_} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# ---------------------------------------------------------------------------------------------------------------- peers
+def saelens(word: str, steps: int, extra: dict, lrs=(1e-3, 4e-3)) -> list[tuple[str, str, dict]]:
+    """SAELens at its default learning rate (3e-4), and at others with a decay and a window that the run can reach."""
+    base = {"lr_warm_up_steps": steps // 20, **extra}
+    tuned = {"lr_decay_steps": steps // 5, "dead_feature_window": max(8, steps // 32)}
+    return [(f"saelens/{word}", "defaults", base)] + [(f"saelens/{word}", f"lr {lr:g}, decay", {**base, **tuned, "lr": lr}) for lr in lrs]
+
+
+def dictionary_learning(word: str, steps: int, extra: dict, lrs=(2e-3, 8e-3)) -> list[tuple[str, str, dict]]:
+    """dictionary_learning at its default learning rate, and at others with a decay."""
+    base = {"warmup_steps": steps // 20, **extra}
+    name = f"dictionary_learning/{word}"
+    return [(name, "defaults", base)] + [(name, f"lr {lr:g}, decay", {**base, "lr": lr, "decay_start": steps * 4 // 5}) for lr in lrs]
+
+
+def sparsify(word: str, steps: int, extra: dict, lrs=(2e-3, 8e-3)) -> list[tuple[str, str, dict]]:
+    """Sparsify at its defaults (signum), and with Adam."""
+    name = f"sparsify/{word}"
+    adam = {"optimizer": "adam", "lr_warmup_steps": steps // 20}
+    return [(name, "defaults", extra)] + [(name, f"Adam, lr {lr:g}", {**extra, **adam, "lr": lr}) for lr in lrs]
+
+
+def peers(steps: int, fixed: dict) -> dict[str, list[tuple[str, str, dict]]]:
+    """Native architecture -> runs (component, label, settings) of the libraries that have it."""
+    k, groups = {"k": K, **fixed}, [1 / 16, 1 / 16, 1 / 8, 1 / 4, 1 / 2]
+    late = {"threshold_start_step": steps // 2}  # by default its running threshold starts after the whole run
+    warm = {"sparsity_warmup_steps": steps // 20}
+    return {
+        "topk": [*saelens("topk", steps, k), *dictionary_learning("topk", steps, k), *sparsify("topk", steps, k)],
+        "batchtopk": [*saelens("batchtopk", steps, k), *dictionary_learning("batchtopk", steps, k | late)],
+        "matryoshka_batchtopk": [
+            *saelens("matryoshka_batchtopk", steps, k | {"matryoshka_widths": [round(fixed["width"] * s) for s in (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)]}),
+            *dictionary_learning("matryoshka_batchtopk", steps, k | late | {"group_fractions": groups}),
+        ],
+        "abstopk": saelens("abstopk", steps, k),
+        "groupmax": sparsify("groupmax", steps, k),
+        "jumprelu": [
+            *saelens("jumprelu", steps, fixed | {"jumprelu_sparsity_loss_mode": "quadratic", "target_l0": K, "l0_warm_up_steps": steps // 20}),
+            *dictionary_learning("jumprelu", steps, fixed | warm | {"target_l0": K}),
+        ],
+        "relu": [
+            run
+            for l1 in (2.0, 5.0)
+            for run in saelens("standard", steps, fixed | {"l1_coefficient": l1, "l1_warm_up_steps": steps // 20}, lrs=(4e-3,))
+        ]
+        + [run for l1 in (0.05, 0.1) for run in dictionary_learning("standard_april", steps, fixed | warm | {"l1_penalty": l1}, lrs=(4e-3,))],
+        "gated": [
+            run
+            for l1 in (1.0, 3.0)
+            for run in saelens("gated", steps, fixed | {"l1_coefficient": l1, "l1_warm_up_steps": steps // 20}, lrs=(4e-3,))
+        ]
+        + [run for l1 in (0.03, 0.1) for run in dictionary_learning("gated", steps, fixed | warm | {"l1_penalty": l1}, lrs=(4e-3,))],
+    }
+
+
+def show(name: str, runs: list[dict]) -> str:
+    """The table of one data set; FVU also relative to the best peer's of the architecture (at equal L0)."""
+    lines = [f"{'architecture':<21} {'system':<40} {'settings':<34} {'L0':>7} {'FVU':>8} {'/ best peer':>11} {'dead':>7} {'cpu ms/step':>11}"]
+    for run in runs:
+        ratio = f"{run['ratio']:>11.3f}" if run.get("ratio") else " " * 11
+        lines.append(
+            f"{run['architecture']:<21} {run['component']:<40} {run['label']:<34} {run['l0']:>7.2f} {run['fvu']:>8.4f} {ratio} "
+            f"{run['dead']:>7.2%} {run['cpu_ms_step']:>11.1f}"
+        )
+    return f"{name}\n" + "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", nargs="+", default=["tiny-llama", "gpt2"], choices=["tiny-llama", "gpt2"])
+    parser.add_argument("--rows", type=int, default=256_000)
+    parser.add_argument("--batch", type=int, default=1024)
+    parser.add_argument("--expansion", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", nargs="+", default=list(NATIVE), help="architectures")
+    parser.add_argument("--native", action="store_true", help="without the peers")
+    parser.add_argument("--with", dest="extra", type=json.loads, default={}, help="further settings of the native runs, as JSON")
+    parser.add_argument("--out", type=Path, help="JSON of every run, written after each; runs that it holds are not repeated")
+    parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "saehub-quality")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        return one(json.loads(arguments.one))
+
+    done = json.loads(arguments.out.read_text())["runs"] if arguments.out and arguments.out.exists() else []
+    known = {json.dumps([run["data"], run["component"], run["with"]], sort_keys=True): run for run in done}
+
+    def run(data: str, architecture: str, component: str, label: str, with_: dict) -> dict:
+        key = json.dumps([data, component, with_], sort_keys=True)
+        if key not in known:
+            outcome = run_apart(component, with_, rows, arguments.threads)
+            known[key] = {"data": data, "architecture": architecture, "component": component, "label": label, "with": with_} | outcome
+            print(f"{data} {component} {label}: L0 {outcome['l0']:.2f} FVU {outcome['fvu']:.4f} dead {outcome['dead']:.2%}", file=sys.stderr, flush=True)
+            if arguments.out:
+                facts = {
+                    "command": "python " + " ".join(["tests/benchmarks/architectures_quality.py", *sys.argv[1:]]),
+                    "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "threads": arguments.threads},
+                    "versions": {name: metadata.version(name) for name in ("saehub", "torch", "sae-lens", "dictionary-learning", "eai-sparsify")},
+                    "rows": arguments.rows,
+                    "heldout_rows": HELDOUT,
+                    "runs": list(known.values()),
+                }
+                arguments.out.write_text(json.dumps(facts, indent=1) + "\n")
+        return dict(known[key])
+
+    for name in arguments.data:
+        rows = gpt2_rows(arguments.rows, arguments.cache) if name == "gpt2" else prepare(name, arguments.rows, arguments.cache)
+        d = rows.train.shape[1]
+        fixed = {"batch": arguments.batch, "width": arguments.expansion * d}
+        steps, table = arguments.rows // arguments.batch, []
+        for architecture in arguments.only:
+            theirs = [] if arguments.native else [run(name, architecture, *entry) for entry in peers(steps, fixed)[architecture]]
+            penalised = architecture in ("jumprelu", "relu", "gated")
+            # Near the wanted L0, or else any: ours goes to where the peer is.
+            best = min(theirs, key=lambda run: run["fvu"] * (1 + max(0, abs(run["l0"] / K - 1) - 0.5) * 10), default=None)
+            target = round(best["l0"], 1) if penalised and best else K
+            with_ = fixed | ({"target_l0": target} if penalised else {"k": K}) | arguments.extra
+            ours = run(name, architecture, f"native/{architecture}", f"defaults, L0 {target}" if penalised else "defaults", with_)
+            ours["ratio"] = ours["fvu"] / best["fvu"] if best else None
+            table += [ours, *theirs]
+        shape = f"{name}: {arguments.rows:,} rows, batch {arguments.batch}, {steps} steps, d {d}, {fixed['width']} latents, L0 {K}"
+        print("\n" + show(shape, table), flush=True)
+
+
+if __name__ == "__main__":
+    main()
