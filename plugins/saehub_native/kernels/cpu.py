@@ -1,0 +1,238 @@
+"""Rows, weights and k in; the float32 selection, reconstructions and gradients out, several times faster than plain torch on a CPU.
+
+Selection. A cheap product ranks the latents (rank.py); the k + r best are recomputed in float32, and the k largest of those are the row's.
+A latent that is not among the candidates has a score below their threshold t. It could belong to the top k only if its score were wrong by
+more than v_k − t, where v_k is the k-th exact value. The errors of the candidates' own scores are known: while v_k − t is under `GUARD` times
+their root mean square, the row's candidates are doubled. So r sets the work, not the result; and every `AUDIT_EVERY` selections some rows are
+compared with float64, a miss doubles r, and beyond `R_MAX` the next more precise product takes over.
+
+Gradients. A weight's gradient is never held whole: `latent_sums` returns `RowSums`, and `update` forms a latent's row from its pairs, projects
+it, and takes the Adam step while the row is in cache.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from saehub.seeds import generator
+from saehub_native.kernels import Firing
+from saehub_native.kernels.audit import missed_rows
+from saehub_native.kernels.lazy import Part, RowSums
+from saehub_native.kernels.rank import KINDS, LATENTS_A_PIECE, ROWS_A_PIECE, Ranker, _pieces, best_kind
+from saehub_native.kernels.reference import ReferenceKernels
+from saehub_native.kernels.team import Team
+
+if TYPE_CHECKING:
+    from saehub_native.optim import Adam
+
+R_START, R_MAX = 16, 256
+GUARD = 6.0
+AUDIT_EVERY, AUDIT_ROWS = 100, 8
+
+
+class CpuKernels(ReferenceKernels):
+    """Implements `saehub_native.kernels.Kernels` with compiled loops (numba) and a low-precision ranking product.
+
+    Args:
+        kind: `int8`, `bfloat16` or `float32`; None: what the processor multiplies fastest.
+    """
+
+    name = "cpu"
+
+    def __init__(self, kind: str | None = None):
+        super().__init__()
+        from saehub_native.kernels import cpu_loops
+
+        self.loops, self.team = cpu_loops, Team()
+        self.ranker = Ranker(kind or best_kind(), cpu_loops, self.team)
+        self.r, self.selections, self.audited, self.missed = R_START, 0, 0, 0
+        self.exact_a_row = 0.0
+        """Values computed exactly in a row of the last batch, on average."""
+
+    # ------------------------------------------------------------------ state
+    def state(self) -> dict[str, Any]:
+        """What a resumed training needs to go the same way: the ranking product and its smoothing, r, and where the audit stands."""
+        smooth = [] if self.ranker.smooth_D is None else self.ranker.smooth_D.tolist()
+        counts = {name: getattr(self, name) for name in ("r", "selections", "audited", "missed")}
+        return {"rank": self.ranker.kind, "smooth": smooth, **counts}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take over what `state` returned."""
+        self.ranker = Ranker(state["rank"], self.loops, self.team)
+        self.ranker.smooth_D = torch.tensor(state["smooth"]) if state["smooth"] else None
+        for name in ("r", "selections", "audited", "missed"):
+            setattr(self, name, int(state[name]))
+
+    def cautions(self) -> list[str]:
+        """What the audit found."""
+        if not self.missed:
+            return []
+        return [
+            f"the audit found {self.missed} of {self.audited:,} rows whose selection was not the float32 one; "
+            f"candidates a row were raised to k + {self.r}, ranked in {self.ranker.kind}"
+        ]
+
+    # ------------------------------------------------------------------ selection
+    def encode_select(self, x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, k: int, rule: str = "top") -> tuple[Tensor, Tensor]:
+        if rule not in ("top", "abs"):
+            return super().encode_select(x_BD, W_enc_FD, b_enc_F, k, rule)
+        x_BD = x_BD.contiguous()
+        values_BK, indices_BK = self._select(x_BD, W_enc_FD, b_enc_F, k, rule == "abs")
+        if self.selections % AUDIT_EVERY == 0:
+            self._audit(x_BD, W_enc_FD, b_enc_F, values_BK, indices_BK, k, rule == "abs")
+        self.selections += 1
+        return values_BK, indices_BK
+
+    def _select(self, x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, k: int, by_size: bool) -> tuple[Tensor, Tensor]:
+        ranker, n_rows = self.ranker, x_BD.shape[0]
+        ranker.prepare(x_BD, W_enc_FD)
+        low_BD, scale_B = ranker.rows(x_BD)
+        values_BK, indices_BK = torch.empty(n_rows, k), torch.empty(n_rows, k, dtype=torch.int64)
+        exact_B, again_B = torch.zeros(n_rows, dtype=torch.int32), torch.zeros(n_rows, dtype=torch.int32)
+        rest = (ranker.low_scale_F.numpy(), scale_B.numpy(), x_BD.numpy(), W_enc_FD.numpy(), b_enc_F.numpy(), k, self.r, GUARD)
+        out = (indices_BK.numpy(), values_BK.numpy(), exact_B.numpy(), again_B.numpy())
+        chunk = ranker.chunk(n_rows, W_enc_FD.shape[0])
+        for at in range(0, n_rows, chunk):
+            stop = min(n_rows, at + chunk)
+            scores = ranker.scores(low_BD[at:stop], W_enc_FD)
+
+            def piece(i: int, at: int = at, stop: int = stop, scores: tuple = scores) -> None:
+                first = at + i * ROWS_A_PIECE
+                self.loops.select_rows(first, min(stop, first + ROWS_A_PIECE), at, ranker.code, by_size, *scores, *rest, *out)
+
+            self.team.run(piece, -(-(stop - at) // ROWS_A_PIECE))
+        self.exact_a_row = float(exact_B.sum()) / max(1, n_rows)
+        return values_BK, indices_BK
+
+    def _audit(
+        self, x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, values_BK: Tensor, indices_BK: Tensor, k: int, by_size: bool
+    ) -> None:
+        """Compare some rows, drawn from the number of the selection, with float64; raise r, or the precision, after a miss."""
+        n_rows = x_BD.shape[0]
+        rows_A = torch.randperm(n_rows, generator=generator("audit", self.selections))[:AUDIT_ROWS]
+        missed = missed_rows(x_BD[rows_A], W_enc_FD, b_enc_F, values_BK[rows_A], indices_BK[rows_A], k, by_size=by_size)
+        self.audited += len(rows_A)
+        if bool(missed.any()) and bool(x_BD.isfinite().all()):
+            self.missed += int(missed.sum())
+            self.r *= 2
+            if self.r > R_MAX and self.ranker.kind != KINDS[0]:
+                self.r = R_START
+                self.ranker = Ranker(KINDS[KINDS.index(self.ranker.kind) - 1], self.loops, self.team)
+
+    # ------------------------------------------------------------------ reconstruction
+    def reconstruct(
+        self, target_BD: Tensor, values_BK: Tensor, indices_BK: Tensor, W_dec_FD: Tensor, weight: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        n_rows = target_BD.shape[0]
+        residual_BD, grad_BD, delta_BK, error_B = target_BD, torch.empty_like(target_BD), torch.empty_like(values_BK), torch.empty(n_rows)
+        arguments = (target_BD, indices_BK, values_BK, W_dec_FD)
+        out = (residual_BD, grad_BD, delta_BK, error_B)
+        arrays = (*(t.numpy() for t in arguments), float32(weight), *(t.numpy() for t in out))
+        self.team.run(*_pieces(self.loops.reconstruct_rows, n_rows, ROWS_A_PIECE, arrays))
+        return residual_BD, grad_BD, delta_BK, error_B.double().sum().float()
+
+    # ------------------------------------------------------------------ sums over latents
+    def group(self, indices_BK: Tensor, n_latents: int, values_BK: Tensor | None = None) -> Firing:
+        offsets_F = torch.empty(n_latents + 1, dtype=torch.int64)
+        order_N, rows_N = (torch.empty(indices_BK.numel(), dtype=torch.int64) for _ in range(2))
+        active = torch.ones_like(indices_BK, dtype=torch.float32) if values_BK is None else values_BK
+        arrays = (indices_BK.reshape(-1), active.reshape(-1), offsets_F, rows_N, order_N)
+        index, value, offset, row, place = (t.numpy() for t in arrays)
+        self.loops.group_pairs(index, value, indices_BK.shape[1], offset, row, place)
+        return Firing(order_N, rows_N, offsets_F, offsets_F.diff())
+
+    def latent_sums(self, firing: Firing, weights_BK: Tensor, source_BD: Tensor) -> RowSums:
+        return RowSums(self, [Part(firing, weights_BK.reshape(-1), source_BD.contiguous(), firing.counts_F.numel())])
+
+    def _each_part(self, sums: RowSums, size: int) -> list[tuple[int, int, tuple[Any, ...], Any]]:
+        """Pieces of at most `size` latents: (first latent, first within its part, last + 1 within it, what the loops call the pairs, the part)."""
+        pieces, before = [], 0
+        for part in sums.parts:
+            firing = part.firing
+            arrays = tuple(t.numpy() for t in (firing.offsets_F, firing.rows_N, firing.order_N, part.weights_N, part.source_BD))
+            for start in range(0, part.n_latents, size):
+                pieces.append((before, start, min(part.n_latents, start + size), arrays, part))
+            before += part.n_latents
+        return pieces
+
+    def dense_gradient(self, sums: RowSums, weight_FD: Tensor | None) -> Tensor:
+        """The [F, d] tensor of a gradient."""
+        if sums.project and weight_FD is None:
+            raise ValueError("a projected gradient needs its weight")
+        out_FD = torch.empty(sums.shape)
+        self._sum(sums, weight_FD if sums.project else out_FD, out_FD)
+        return out_FD.mul_(sums.factor)
+
+    def square(self, sums: RowSums, weight_FD: Tensor) -> float:
+        """Σ of the squares of a gradient, without holding it."""
+        return self._sum(sums, weight_FD, torch.empty(0, sums.shape[1]))
+
+    def _sum(self, sums: RowSums, weight_FD: Tensor, out_FD: Tensor) -> float:
+        slots, extra = sums.slots_F().numpy(), _extra(sums)
+        pieces = self._each_part(sums, LATENTS_A_PIECE)
+        squares = [0.0] * len(pieces)
+        weight, out = weight_FD.numpy(), out_FD.numpy()
+
+        def piece(i: int) -> None:
+            before, start, stop, arrays, part = pieces[i]
+            here = slice(before, before + part.n_latents)
+            squares[i] = self.loops.sum_latents(start, stop, *arrays, slots[here], extra, sums.project, weight[here], out[here])
+
+        self.team.run(piece, len(pieces))
+        return sums.factor**2 * math.fsum(squares)
+
+    def square_bound(self, sums: RowSums) -> float:
+        """At least `square`, in a small share of its time: |Σ w s| ≤ Σ |w| |s|, and projecting shortens."""
+        norms: dict[int, Any] = {}
+        for part in sums.parts:
+            if id(part.source_BD) not in norms:
+                norm_B = torch.empty(part.source_BD.shape[0])
+                self.team.run(*_pieces(self.loops.row_norms, len(norm_B), 4 * ROWS_A_PIECE, (part.source_BD.numpy(), norm_B.numpy())))
+                norms[id(part.source_BD)] = norm_B.numpy()
+        slots, extra_norms = sums.slots_F().numpy(), torch.from_numpy(_extra(sums)).norm(dim=1).numpy()
+        total = 0.0
+        for before, start, stop, arrays, part in self._each_part(sums, 1 << 62):
+            here = slice(before, before + part.n_latents)
+            total += self.loops.bound_latents(start, stop, *arrays[:4], norms[id(part.source_BD)], slots[here], extra_norms)
+        return sums.factor**2 * total * (1 + 1e-4)  # room for the rounding of the sums on both sides
+
+    # ------------------------------------------------------------------ update
+    def update(self, optimizer: Adam, name: str, sums: RowSums, size: float, spread: float, *, unit: bool, tiny: float) -> None:
+        """One Adam step of the weight `name`, in place; `unit`: its rows are brought back to norm 1. Low-precision copies follow."""
+        W_FD, m_FD, v_FD = optimizer.params[name], optimizer.m[name], optimizer.v[name]
+        ranked = self.ranker.fresh(W_FD)
+        none = (0, *(torch.empty(1, *([1] * (n - 1)), dtype=dtype).numpy() for n, dtype in ((1, torch.float32), (2, torch.int16), (2, torch.int8), (1, torch.float32))))  # fmt: skip
+        code, smooth, low16, low8, scale = self.ranker.copies(W_FD) if ranked else none
+        beta1, beta2 = optimizer.betas
+        numbers = tuple(float32(v) for v in (sums.factor, beta1, beta2, size, spread, optimizer.eps))
+        slots, extra = sums.slots_F().numpy(), _extra(sums)
+        weights = tuple(t.numpy() for t in (W_FD, m_FD, v_FD))
+        pieces = self._each_part(sums, LATENTS_A_PIECE)
+
+        def piece(i: int) -> None:
+            before, start, stop, arrays, part = pieces[i]
+            here = slice(before, before + part.n_latents)
+            copies = (code, smooth, *(a[here] if a.shape[0] > 1 else a for a in (low16, low8, scale)))
+            self.loops.update_latents(
+                start, stop, *arrays, slots[here], extra, sums.project, unit, float32(tiny), *(w[here] for w in weights), *numbers, *copies
+            )
+
+        self.team.run(piece, len(pieces))
+        torch._C._increment_version([W_FD, m_FD, v_FD])  # the loops write past autograd's sight
+        if ranked:
+            self.ranker.kept(W_FD)
+
+
+def float32(value: float) -> Any:
+    """A number that keeps the loops in float32."""
+    import numpy as np
+
+    return np.float32(value)
+
+
+def _extra(sums: RowSums) -> Any:
+    return (torch.empty(1, sums.shape[1]) if sums.extra is None else sums.extra[1]).numpy()

@@ -1,0 +1,48 @@
+"""A function of a piece's number in, all pieces done on as many threads as torch uses, out."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+
+class Team:
+    """Threads that follow `torch.get_num_threads()`. Which thread does which piece is open, so a piece's result must depend on its number alone.
+
+    Own threads rather than numba's `parallel=True`: its pool has a size of its own, may not be entered from two threads, and its compiler
+    takes several times as long.
+    """
+
+    def __init__(self) -> None:
+        self._pool: ThreadPoolExecutor | None = None
+        self._size = 0
+
+    def run(self, piece: Callable[[int], object], count: int) -> None:
+        """Call `piece(0)` … `piece(count - 1)`, each once; the caller works too. The first error is raised here."""
+        size = min(torch.get_num_threads(), count)
+        if size <= 1:
+            for number in range(count):
+                piece(number)
+            return
+        lock, numbers = threading.Lock(), iter(range(count))
+
+        def work() -> None:
+            while True:
+                with lock:
+                    number = next(numbers, None)
+                if number is None:
+                    return
+                piece(number)
+
+        if self._pool is None or self._size < size - 1:
+            self._size = size - 1
+            self._pool = ThreadPoolExecutor(self._size, thread_name_prefix="saehub-kernel")
+        others = [self._pool.submit(work) for _ in range(size - 1)]
+        try:
+            work()
+        finally:
+            for other in others:
+                other.result()
