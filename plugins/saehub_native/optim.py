@@ -8,6 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from saehub_native.kernels.lazy import RowSums
+
 
 class Adam:
     """m ← β₁m + (1−β₁)g,  v ← β₂v + (1−β₂)g²,  p ← p − lr · m/(1−β₁ᵗ) / (√(v/(1−β₂ᵗ)) + ε), in place.
@@ -20,14 +22,19 @@ class Adam:
         self.t = 0
         self.m = {name: torch.zeros_like(p) for name, p in params.items()}
         self.v = {name: torch.zeros_like(p) for name, p in params.items()}
-        self._scratch = {name: torch.empty_like(p) for name, p in params.items()}
+        self._scratch: dict[str, Tensor] = {}
 
-    def step(self, grads: Mapping[str, Tensor], lr: float) -> None:
-        """One update of every parameter that has a gradient of its name."""
+    def step(self, grads: Mapping[str, Tensor | RowSums], lr: float) -> None:
+        """One update of every parameter that has a gradient of its name; `RowSums` are formed, projected, used and forgotten row by row."""
         self.t += 1
         beta1, beta2 = self.betas
         size, spread = lr / (1 - beta1**self.t), math.sqrt(1 - beta2**self.t)
         for name, g in grads.items():
+            if isinstance(g, RowSums):
+                g.kernels.update(self, name, g, size, spread)
+                continue
+            if name not in self._scratch:
+                self._scratch[name] = torch.empty_like(self.params[name])
             self.m[name].lerp_(g, 1 - beta1)
             v = self.v[name].mul_(beta2).addcmul_(g, g, value=1 - beta2)
             scale = torch.sqrt(v, out=self._scratch[name]).div_(spread).add_(self.eps)
@@ -43,3 +50,24 @@ class Adam:
         for kind in ("m", "v"):
             for name, moment in getattr(self, kind).items():
                 moment.copy_(tensors[f"{kind}.{name}"])
+
+
+def clip(params: Mapping[str, Tensor], grads: Mapping[str, Tensor | RowSums], largest: float) -> None:
+    """Scale all gradients, in place, so that their common L2 norm is at most `largest`.
+
+    The norm of `RowSums` costs another pass over the pairs. It is spared where an upper bound of the norm is already small enough: then the
+    factor is 1 whatever the norm is.
+    """
+    plain = [g for g in grads.values() if not isinstance(g, RowSums)]
+    lazy = {name: g for name, g in grads.items() if isinstance(g, RowSums)}
+    norms = [g.norm() for g in plain]
+    if lazy:
+        square = float(torch.stack(norms).double().square().sum()) if norms else 0.0
+        if square + sum(g.kernels.square_bound(g) for g in lazy.values()) <= largest**2:
+            return
+        norms += [plain[0].new_tensor(math.sqrt(g.kernels.square(g, params[name]))) for name, g in lazy.items()]
+    factor = (largest / torch.stack(norms).norm().clamp_min(1e-30)).clamp_max(1.0)
+    for g in plain:
+        g.mul_(factor)
+    for g in lazy.values():
+        g.factor *= float(factor)

@@ -13,7 +13,8 @@ from torch import Tensor
 from saehub.errors import FormatError, StageFailed, UsageError
 from saehub.seeds import generator
 from saehub_native.kernels import pick
-from saehub_native.optim import Adam
+from saehub_native.kernels.lazy import RowSums
+from saehub_native.optim import Adam, clip
 from saehub_native.schedule import lr_factor
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class NativeSession:
         if job.init_from is not None:
             params = {name: p.to(job.device) for name, p in self._warm_start(job.init_from).items()}
         self.params = params
+        self.kernels.lazy = getattr(self.architecture, "takes_row_sums", False)
         self.optimizer = Adam(params, config.betas)
         self.steps_done = 0
         self.since_fired_F = torch.zeros(config.d_sae(job), dtype=torch.int64, device=job.device)
@@ -104,12 +106,10 @@ class NativeSession:
             self._check_finite()
         self.architecture.before_update(self.params, result.grads)
         if self.config.clip is not None:
-            norm = torch.stack([g.norm() for g in result.grads.values()]).norm()
-            factor = (self.config.clip / norm.clamp_min(1e-30)).clamp_max(1.0)
-            for g in result.grads.values():
-                g.mul_(factor)
+            clip(self.params, result.grads, self.config.clip)
         self.optimizer.step(result.grads, lr)
-        self.architecture.after_update(self.params)
+        if not isinstance(result.grads.get("W_dec"), RowSums):  # which the optimizer keeps on its constraint
+            self.architecture.after_update(self.params)
         self.since_fired_F += x_BD.shape[0]
         self.since_fired_F[result.fired_F] = 0
         self.steps_done += 1
@@ -123,6 +123,10 @@ class NativeSession:
                 why="the learning rate is too high, or the rows hold extreme values",
                 fix=f"set lr below {self.config.peak_lr(self.job):.1e} in the recipe's `with:` and run again; what was saved before stays valid",
             )
+
+    def cautions(self) -> list[str]:
+        """What to know about how this SAE was computed."""
+        return self.kernels.cautions()
 
     def metrics(self) -> dict[str, float]:
         """Of the last step: `loss`, `fvu` (Σ|e|² over the variance of the same batch), `l0`, `dead` (share), `lr`. Waits for the device."""
@@ -139,6 +143,7 @@ class NativeSession:
             "version": 1,
             "steps_done": self.steps_done,
             "kernels": self.kernels.name,
+            "kernel_state": self.kernels.state(),
             "constants": self.architecture.constants,
             "last": {name: float(value) for name, value in self._last.items()},
         }
@@ -174,6 +179,8 @@ class NativeSession:
                 f"the state of {self.job.id} does not fit its settings: {', '.join(sorted(wrong))}", where=f"train {self.job.id}"
             )
         self.kernels = self.architecture.kernels = pick(self.job.device, data["kernels"])
+        self.kernels.load_state(data.get("kernel_state", {}))
+        self.kernels.lazy = getattr(self.architecture, "takes_row_sums", False)
         for name, tensor in held.items():
             tensor.copy_(tensors[name])
         self.architecture.constants = dict(data["constants"])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from saehub.errors import UsageError
+from saehub_native.kernels.lazy import RowSums
 
 if TYPE_CHECKING:
     from saehub.api import Job
@@ -26,6 +27,8 @@ class Base:
     renormalised after it.
     """
 
+    takes_row_sums = True
+    """Whether gradients of W_enc and W_dec may be `RowSums`."""
     unit_decoder = True
     """Whether decoder rows are held at norm 1."""
 
@@ -94,6 +97,9 @@ class Base:
         # ∂W_dec − ⟨∂W_dec, w⟩ w: a step along w would be undone by the normalisation and would only feed Adam's moments.
         if self.unit_decoder:
             W_dec_FD, g_FD = params["W_dec"], grads["W_dec"]
+            if isinstance(g_FD, RowSums):
+                g_FD.sphere = True
+                return
             g_FD.addcmul_((g_FD * W_dec_FD).sum(1, keepdim=True), W_dec_FD, value=-1)
 
     def after_update(self, params: Mapping[str, Tensor]) -> None:

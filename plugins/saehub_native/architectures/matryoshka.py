@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from saehub_native.architectures.batchtopk import BatchTopK
+from saehub_native.kernels.lazy import joined
 
 if TYPE_CHECKING:
     from saehub_native.config import MatryoshkaConfig
@@ -33,7 +34,7 @@ class Matryoshka(BatchTopK):
 
     def reconstruction(
         self, params: Mapping[str, Tensor], centred_BD: Tensor, target_BD: Tensor, values_BK: Tensor, indices_BK: Tensor, weight: float
-    ) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor, Tensor]:
         W_dec_FD, blocks = params["W_dec"], self.blocks()
         pairs = list(_by_block(values_BK, indices_BK, blocks))
         weight /= len(blocks)
@@ -44,12 +45,13 @@ class Matryoshka(BatchTopK):
             grads_g.append(residual_BD * (-2 * weight))
         for g in range(len(blocks) - 2, -1, -1):  # C_g, from the last group to the first
             grads_g[g] += grads_g[g + 1]
-        parts = [
-            self.pair_gradients(centred_BD, grad_BD, *pair, W_dec_FD[first:end])
-            for (first, end), pair, grad_BD in zip(blocks, pairs, grads_g, strict=True)
-        ]
-        grads = {name: torch.cat([part[name] for part in parts]) for name in ("W_enc", "b_enc", "W_dec")}
-        return grads, loss, residual_BD, grads_g[0]
+        parts = []
+        for (first, end), (values_BJ, indices_BJ), grad_BD in zip(blocks, pairs, grads_g, strict=True):
+            # A selected value of 0 is held there by the ReLU (or pads a row): no gradient.
+            delta_BJ = self.kernels.value_gradients(grad_BD, indices_BJ, W_dec_FD[first:end]).mul_(values_BJ != 0)
+            parts.append(self.pair_gradients(centred_BD, grad_BD, values_BJ, indices_BJ, delta_BJ, end - first))
+        grads = {name: joined([part[name] for part in parts]) for name in ("W_enc", "b_enc", "W_dec")}
+        return grads, loss, residual_BD, grads_g[0], residual_BD.square().sum()
 
     def export(self, params: Mapping[str, Tensor], x_ND: Tensor | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
         fields, tensors = super().export(params, x_ND)

@@ -53,8 +53,7 @@ class Sparse(Base):
         values_BK, indices_BK = self.select(params, centred_BD, k)
         target_BD = self.unexplained(params, x_BD, y_BD)
         weight = 1.0 / (n_rows * self.constants["variance"])
-        grads, loss, residual_BD, grad_BD = self.reconstruction(params, centred_BD, target_BD, values_BK, indices_BK, weight)
-        squared_error = residual_BD.square().sum()
+        grads, loss, residual_BD, grad_BD, squared_error = self.reconstruction(params, centred_BD, target_BD, values_BK, indices_BK, weight)
         signed = self.rule == "abs"
         loss = loss + add_auxk(
             grads, params, centred_BD, residual_BD, dead_F, k_aux=config.aux_latents(self.job), alpha=config.auxk_alpha, signed=signed
@@ -70,19 +69,17 @@ class Sparse(Base):
 
     def reconstruction(
         self, params: Mapping[str, Tensor], centred_BD: Tensor, target_BD: Tensor, values_BK: Tensor, indices_BK: Tensor, weight: float
-    ) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
-        """The first term of the loss: gradients of W_enc, b_enc and W_dec, the loss, the residual (in place of the target), and G."""
-        W_dec_FD = params["W_dec"]
-        residual_BD = target_BD.sub_(self.kernels.decode(values_BK, indices_BK, W_dec_FD))
-        grad_BD = residual_BD * (-2 * weight)
-        grads = self.pair_gradients(centred_BD, grad_BD, values_BK, indices_BK, W_dec_FD)
-        return grads, residual_BD.square().sum() * weight, residual_BD, grad_BD
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor, Tensor]:
+        """The first term of the loss: gradients of W_enc, b_enc and W_dec, the loss, the residual (in place of the target), G, and Σ|e|²."""
+        residual_BD, grad_BD, delta_BK, squared_error = self.kernels.reconstruct(target_BD, values_BK, indices_BK, params["W_dec"], weight)
+        grads = self.pair_gradients(centred_BD, grad_BD, values_BK, indices_BK, delta_BK, params["W_dec"].shape[0])
+        return grads, squared_error * weight, residual_BD, grad_BD, squared_error
 
-    def pair_gradients(self, centred_BD: Tensor, grad_BD: Tensor, values_BK: Tensor, indices_BK: Tensor, W_dec_FD: Tensor) -> dict[str, Tensor]:
-        """W_enc, b_enc and W_dec of the latents of `W_dec_FD`, from the pairs and G."""
-        # A selected value of 0 is held there by the ReLU (or pads a row): no gradient.
-        delta_BK = self.kernels.value_gradients(grad_BD, indices_BK, W_dec_FD).mul_(values_BK != 0)
-        firing = self.kernels.group(indices_BK, W_dec_FD.shape[0])
+    def pair_gradients(
+        self, centred_BD: Tensor, grad_BD: Tensor, values_BK: Tensor, indices_BK: Tensor, delta_BK: Tensor, n_latents: int
+    ) -> dict[str, Tensor]:
+        """W_enc, b_enc and W_dec of `n_latents` latents, from the pairs and G."""
+        firing = self.kernels.group(indices_BK, n_latents, values_BK)
         ones_B1 = centred_BD.new_ones(centred_BD.shape[0], 1)
         return {
             "W_enc": self.kernels.latent_sums(firing, delta_BK, centred_BD),

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from saehub_native.kernels.lazy import RowSums
+
+CHOICE = "SAEHUB_KERNELS"
+"""Environment variable: `reference`, or `cpu`, `cpu:int8`, `cpu:bfloat16`, `cpu:float32`, in place of what the machine suggests."""
 
 
 Rule = Literal["top", "abs", "group"]
@@ -17,13 +22,13 @@ class Firing:
     """The (row, latent) pairs of a selection, grouped by latent: what every sparse gradient sums over."""
 
     order_N: Tensor
-    """int64 [B*K], position in the flattened `indices_BK` of the n-th pair, grouped by latent, rows ascending within one."""
+    """int64 [N ≤ B*K], position in the flattened `indices_BK` of the n-th pair, grouped by latent, rows ascending within one."""
     rows_N: Tensor
-    """int64 [B*K], the row of that pair."""
+    """int64 [N], the row of that pair."""
     offsets_F: Tensor
-    """int64 [F], where a latent's pairs begin."""
+    """int64 [F] or [F + 1], where a latent's pairs begin."""
     counts_F: Tensor
-    """int64 [F], how many pairs a latent has (pairs of value 0 included)."""
+    """int64 [F], how many pairs a latent has."""
 
 
 class Kernels(Protocol):
@@ -36,6 +41,20 @@ class Kernels(Protocol):
 
     name: str
     """Recorded in a trainer's state."""
+    lazy: bool
+    """Whether `latent_sums` may return `RowSums`: set by a session whose architecture and optimizer take them."""
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed training needs to go the same way, as JSON."""
+        ...
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take over what `state` returned."""
+        ...
+
+    def cautions(self) -> list[str]:
+        """What someone who uses the result should know about how it was computed."""
+        ...
 
     def encode_select(self, x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, k: int, rule: Rule = "top") -> tuple[Tensor, Tensor]:
         """The k chosen pre-activations `p = x W_encᵀ + b_enc` of each row: float32 [B, K] and int64 [B, K], in no particular order.
@@ -60,24 +79,49 @@ class Kernels(Protocol):
         """`∂L/∂v_bj = ⟨∂L/∂x̂_b, W_dec[i_bj]⟩`: [B, K]."""
         ...
 
-    def group(self, indices_BK: Tensor, n_latents: int) -> Firing:
-        """The pairs of a selection, grouped by latent."""
+    def reconstruct(
+        self, target_BD: Tensor, values_BK: Tensor, indices_BK: Tensor, W_dec_FD: Tensor, weight: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of `L = weight · Σ|e|²` with `e = target − x̂`: e (in place of the target), `G = −2 weight e`, `δ_bj = ⟨G_b, W_dec[i_bj]⟩·[v_bj ≠ 0]`,
+        and Σ|e|² (0-dimensional)."""
         ...
 
-    def latent_sums(self, firing: Firing, weights_BK: Tensor, source_BD: Tensor) -> Tensor:
+    def group(self, indices_BK: Tensor, n_latents: int, values_BK: Tensor | None = None) -> Firing:
+        """The pairs of a selection, grouped by latent; pairs whose value is 0 may be left out."""
+        ...
+
+    def latent_sums(self, firing: Firing, weights_BK: Tensor, source_BD: Tensor) -> Tensor | RowSums:
         """`S_f = Σ_{(b,j): i_bj = f} w_bj source_b`: [F, d], the shape of both weight gradients, without a [B, F] matrix."""
         ...
 
 
 def pick(device: str, name: str | None = None) -> Kernels:
-    """The kernels for `device`; `name` asks for the set that a saved state was trained with."""
+    """The kernels for `device`, by what the machine can do; `name` asks for the set that a saved state was trained with.
+
+    `SAEHUB_KERNELS` overrules the choice for new trainings. StageFailed for a set that is not there.
+    """
+    import os
+    from importlib.util import find_spec
+
     from saehub.errors import StageFailed
+
+    compiled = device.partition(":")[0] == "cpu" and find_spec("numba") is not None
+    there = ["cpu", "reference"] if compiled else ["reference"]
+    chosen = name or os.environ.get(CHOICE) or there[0]
+    base, _, kind = chosen.partition(":")
+    if base not in there or kind not in ("", *(("int8", "bfloat16", "float32") if base == "cpu" else ())):
+        whose = "this training was begun with" if name else f"{CHOICE} asks for"
+        raise StageFailed(
+            f"{whose} the kernels {chosen!r}, which are not there",
+            why=f"available on {device}: {', '.join(there)}" + ("" if compiled else " (`cpu` needs the processor as device, and numba)"),
+            fix="resume on a machine and saehub version like those that wrote the state, or start the training again"
+            if name
+            else f"unset {CHOICE}",
+        )
+    if base == "cpu":
+        from saehub_native.kernels.cpu import CpuKernels
+
+        return CpuKernels(kind or None)
     from saehub_native.kernels.reference import ReferenceKernels
 
-    if name not in (None, ReferenceKernels.name):
-        raise StageFailed(
-            f"this training was begun with the kernels {name!r}, which this version does not have",
-            why=f"available on {device}: {ReferenceKernels.name}",
-            fix="resume with the saehub version that wrote the state, or start the training again",
-        )
     return ReferenceKernels()

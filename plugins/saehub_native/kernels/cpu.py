@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,7 +23,7 @@ from saehub.seeds import generator
 from saehub_native.kernels import Firing
 from saehub_native.kernels.audit import missed_rows
 from saehub_native.kernels.lazy import Part, RowSums
-from saehub_native.kernels.rank import KINDS, LATENTS_A_PIECE, ROWS_A_PIECE, Ranker, _pieces, best_kind
+from saehub_native.kernels.rank import KINDS, LATENTS_A_PIECE, ROWS_A_PIECE, Ranker, best_kind, pieces
 from saehub_native.kernels.reference import ReferenceKernels
 from saehub_native.kernels.team import Team
 
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 R_START, R_MAX = 16, 256
 GUARD = 6.0
 AUDIT_EVERY, AUDIT_ROWS = 100, 8
+TINY = 1e-12
+NO_COPIES = (0, np.ones(1, np.float32), np.empty((1, 1), np.int16), np.empty((1, 1), np.int8), np.ones(1, np.float32))
 
 
 class CpuKernels(ReferenceKernels):
@@ -131,8 +134,8 @@ class CpuKernels(ReferenceKernels):
         residual_BD, grad_BD, delta_BK, error_B = target_BD, torch.empty_like(target_BD), torch.empty_like(values_BK), torch.empty(n_rows)
         arguments = (target_BD, indices_BK, values_BK, W_dec_FD)
         out = (residual_BD, grad_BD, delta_BK, error_B)
-        arrays = (*(t.numpy() for t in arguments), float32(weight), *(t.numpy() for t in out))
-        self.team.run(*_pieces(self.loops.reconstruct_rows, n_rows, ROWS_A_PIECE, arrays))
+        arrays = (*(t.numpy() for t in arguments), np.float32(weight), *(t.numpy() for t in out))
+        self.team.run(*pieces(self.loops.reconstruct_rows, n_rows, ROWS_A_PIECE, arrays))
         return residual_BD, grad_BD, delta_BK, error_B.double().sum().float()
 
     # ------------------------------------------------------------------ sums over latents
@@ -145,26 +148,27 @@ class CpuKernels(ReferenceKernels):
         self.loops.group_pairs(index, value, indices_BK.shape[1], offset, row, place)
         return Firing(order_N, rows_N, offsets_F, offsets_F.diff())
 
-    def latent_sums(self, firing: Firing, weights_BK: Tensor, source_BD: Tensor) -> RowSums:
-        return RowSums(self, [Part(firing, weights_BK.reshape(-1), source_BD.contiguous(), firing.counts_F.numel())])
+    def latent_sums(self, firing: Firing, weights_BK: Tensor, source_BD: Tensor) -> Tensor | RowSums:
+        sums = RowSums(self, [Part(firing, weights_BK.reshape(-1), source_BD.contiguous(), firing.counts_F.numel())])
+        return sums if self.lazy and source_BD.shape[1] > 1 else sums.dense()
 
     def _each_part(self, sums: RowSums, size: int) -> list[tuple[int, int, tuple[Any, ...], Any]]:
         """Pieces of at most `size` latents: (first latent, first within its part, last + 1 within it, what the loops call the pairs, the part)."""
-        pieces, before = [], 0
+        found, before = [], 0
         for part in sums.parts:
             firing = part.firing
             arrays = tuple(t.numpy() for t in (firing.offsets_F, firing.rows_N, firing.order_N, part.weights_N, part.source_BD))
             for start in range(0, part.n_latents, size):
-                pieces.append((before, start, min(part.n_latents, start + size), arrays, part))
+                found.append((before, start, min(part.n_latents, start + size), arrays, part))
             before += part.n_latents
-        return pieces
+        return found
 
     def dense_gradient(self, sums: RowSums, weight_FD: Tensor | None) -> Tensor:
         """The [F, d] tensor of a gradient."""
-        if sums.project and weight_FD is None:
+        if sums.sphere and weight_FD is None:
             raise ValueError("a projected gradient needs its weight")
         out_FD = torch.empty(sums.shape)
-        self._sum(sums, weight_FD if sums.project else out_FD, out_FD)
+        self._sum(sums, weight_FD if sums.sphere else out_FD, out_FD)
         return out_FD.mul_(sums.factor)
 
     def square(self, sums: RowSums, weight_FD: Tensor) -> float:
@@ -173,16 +177,16 @@ class CpuKernels(ReferenceKernels):
 
     def _sum(self, sums: RowSums, weight_FD: Tensor, out_FD: Tensor) -> float:
         slots, extra = sums.slots_F().numpy(), _extra(sums)
-        pieces = self._each_part(sums, LATENTS_A_PIECE)
-        squares = [0.0] * len(pieces)
+        ranges = self._each_part(sums, LATENTS_A_PIECE)
+        squares = [0.0] * len(ranges)
         weight, out = weight_FD.numpy(), out_FD.numpy()
 
         def piece(i: int) -> None:
-            before, start, stop, arrays, part = pieces[i]
+            before, start, stop, arrays, part = ranges[i]
             here = slice(before, before + part.n_latents)
-            squares[i] = self.loops.sum_latents(start, stop, *arrays, slots[here], extra, sums.project, weight[here], out[here])
+            squares[i] = self.loops.sum_latents(start, stop, *arrays, slots[here], extra, sums.sphere, weight[here], out[here])
 
-        self.team.run(piece, len(pieces))
+        self.team.run(piece, len(ranges))
         return sums.factor**2 * math.fsum(squares)
 
     def square_bound(self, sums: RowSums) -> float:
@@ -191,7 +195,7 @@ class CpuKernels(ReferenceKernels):
         for part in sums.parts:
             if id(part.source_BD) not in norms:
                 norm_B = torch.empty(part.source_BD.shape[0])
-                self.team.run(*_pieces(self.loops.row_norms, len(norm_B), 4 * ROWS_A_PIECE, (part.source_BD.numpy(), norm_B.numpy())))
+                self.team.run(*pieces(self.loops.row_norms, len(norm_B), 4 * ROWS_A_PIECE, (part.source_BD.numpy(), norm_B.numpy())))
                 norms[id(part.source_BD)] = norm_B.numpy()
         slots, extra_norms = sums.slots_F().numpy(), torch.from_numpy(_extra(sums)).norm(dim=1).numpy()
         total = 0.0
@@ -201,37 +205,30 @@ class CpuKernels(ReferenceKernels):
         return sums.factor**2 * total * (1 + 1e-4)  # room for the rounding of the sums on both sides
 
     # ------------------------------------------------------------------ update
-    def update(self, optimizer: Adam, name: str, sums: RowSums, size: float, spread: float, *, unit: bool, tiny: float) -> None:
-        """One Adam step of the weight `name`, in place; `unit`: its rows are brought back to norm 1. Low-precision copies follow."""
+    def update(self, optimizer: Adam, name: str, sums: RowSums, size: float, spread: float) -> None:
+        """One Adam step of the weight `name`, in place: what `Adam.step` does with a tensor. Low-precision copies follow."""
         W_FD, m_FD, v_FD = optimizer.params[name], optimizer.m[name], optimizer.v[name]
         ranked = self.ranker.fresh(W_FD)
-        none = (0, *(torch.empty(1, *([1] * (n - 1)), dtype=dtype).numpy() for n, dtype in ((1, torch.float32), (2, torch.int16), (2, torch.int8), (1, torch.float32))))  # fmt: skip
-        code, smooth, low16, low8, scale = self.ranker.copies(W_FD) if ranked else none
+        code, smooth, low16, low8, scale = self.ranker.copies() if ranked else NO_COPIES
         beta1, beta2 = optimizer.betas
-        numbers = tuple(float32(v) for v in (sums.factor, beta1, beta2, size, spread, optimizer.eps))
+        numbers = tuple(np.float32(v) for v in (sums.factor, beta1, beta2, size, spread, optimizer.eps))
         slots, extra = sums.slots_F().numpy(), _extra(sums)
         weights = tuple(t.numpy() for t in (W_FD, m_FD, v_FD))
-        pieces = self._each_part(sums, LATENTS_A_PIECE)
+        ranges = self._each_part(sums, LATENTS_A_PIECE)
 
         def piece(i: int) -> None:
-            before, start, stop, arrays, part = pieces[i]
+            before, start, stop, arrays, part = ranges[i]
             here = slice(before, before + part.n_latents)
             copies = (code, smooth, *(a[here] if a.shape[0] > 1 else a for a in (low16, low8, scale)))
             self.loops.update_latents(
-                start, stop, *arrays, slots[here], extra, sums.project, unit, float32(tiny), *(w[here] for w in weights), *numbers, *copies
+                start, stop, *arrays, slots[here], extra, sums.sphere, np.float32(TINY), *(w[here] for w in weights), *numbers, *copies
             )
 
-        self.team.run(piece, len(pieces))
-        torch._C._increment_version([W_FD, m_FD, v_FD])  # the loops write past autograd's sight
+        self.team.run(piece, len(ranges))
+        for tensor in (W_FD, m_FD, v_FD):  # the loops write past torch's sight
+            torch.autograd.graph.increment_version(tensor)
         if ranked:
             self.ranker.kept(W_FD)
-
-
-def float32(value: float) -> Any:
-    """A number that keeps the loops in float32."""
-    import numpy as np
-
-    return np.float32(value)
 
 
 def _extra(sums: RowSums) -> Any:

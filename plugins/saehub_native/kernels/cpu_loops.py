@@ -334,13 +334,13 @@ def _project(g_D, w_D):
 
 
 @jit
-def sum_latents(start, stop, offset_F, row_N, place_N, weight_N, source_BD, slot_F, extra_ED, project, W_FD, out_FD):
+def sum_latents(start, stop, offset_F, row_N, place_N, weight_N, source_BD, slot_F, extra_ED, sphere, W_FD, out_FD):
     """The gradient of latents start … stop − 1: written to out_FD if it has rows. Returns the sum of squares."""
     g_D = np.empty(source_BD.shape[1], np.float32)
     square = 0.0
     for f in range(start, stop):
         some = _sum_pairs(f, offset_F, row_N, place_N, weight_N, source_BD, slot_F, extra_ED, g_D)
-        if project and some:
+        if sphere and some:
             _project(g_D, W_FD[f])
         square += _dot(g_D, g_D)
         if out_FD.shape[0] > 0:
@@ -376,7 +376,7 @@ def _adam(p_D, m_D, v_D, g_D, factor, beta1, beta2, size, spread, eps):
 
 @jit
 def update_latents(
-    start, stop, offset_F, row_N, place_N, weight_N, source_BD, slot_F, extra_ED, project, unit, tiny, W_FD, m_FD, v_FD, factor, beta1, beta2,
+    start, stop, offset_F, row_N, place_N, weight_N, source_BD, slot_F, extra_ED, sphere, tiny, W_FD, m_FD, v_FD, factor, beta1, beta2,
     size, spread, eps, kind, smooth_D, low16_FD, low8_FD, low_scale_F,
 ):  # fmt: skip
     """Gradient, projection, Adam, unit norm and low-precision copy of latents start … stop − 1, each while its row is in cache."""
@@ -386,10 +386,10 @@ def update_latents(
     for f in range(start, stop):
         w_D = W_FD[f]
         some = _sum_pairs(f, offset_F, row_N, place_N, weight_N, source_BD, slot_F, extra_ED, g_D)
-        if project and some:
+        if sphere and some:
             _project(g_D, w_D)
         _adam(w_D, m_FD[f], v_FD[f], g_D, factor, beta1, beta2, size, spread, eps)
-        if unit:
+        if sphere:
             inverse = np.float32(1) / max(np.sqrt(_dot(w_D, w_D)), tiny)
             for i in range(d):
                 w_D[i] *= inverse

@@ -32,8 +32,8 @@ class RowSums:
     def __init__(self, kernels: CpuKernels, parts: Sequence[Part]):
         self.kernels, self.parts = kernels, list(parts)
         self.extra: tuple[Tensor, Tensor] | None = None
-        self.project = False
-        """Whether the component along the weight's own row is taken out (`before_update`)."""
+        self.sphere = False
+        """Whether the weight's rows have norm 1: the component along a row is taken out of its gradient, the row renormalised after the step."""
         self.factor = 1.0
         """What clipping multiplies it with."""
 

@@ -49,8 +49,8 @@ class Ranker:
         self._low: tuple[Tensor, Tensor, Tensor] | None = None
 
     # ------------------------------------------------------------------ copies of the weights
-    def copies(self, W_enc_FD: Tensor) -> tuple[Any, ...]:
-        """What a loop that changes `W_enc_FD` must write besides: kind, smooth, int16 copy, int8 copy, scales, as numpy arrays."""
+    def copies(self) -> tuple[Any, ...]:
+        """What a loop that changes the weights must write besides: kind, smooth, int16 copy, int8 copy, scales, as numpy arrays."""
         return (self.code, self.smooth_D.numpy(), self.low16_FD.numpy(), self.low8_FD.numpy(), self.low_scale_F.numpy())
 
     def fresh(self, W_enc_FD: Tensor) -> bool:
@@ -72,8 +72,8 @@ class Ranker:
         self.low8_FD = torch.empty((n, d) if self.kind == "int8" else (1, 1), dtype=torch.int8)
         self.low_scale_F = torch.ones(n)
         if self.kind != "float32":
-            arguments = (W_enc_FD.numpy(), *self.copies(W_enc_FD))
-            self.team.run(*_pieces(self.loops.shadow_rows, n, LATENTS_A_PIECE, arguments))
+            arguments = (W_enc_FD.numpy(), *self.copies())
+            self.team.run(*pieces(self.loops.shadow_rows, n, LATENTS_A_PIECE, arguments))
         self._of = _mark(W_enc_FD)
 
     # ------------------------------------------------------------------ scores
@@ -89,7 +89,7 @@ class Ranker:
             return low_BD, scale_B
         low16, low8 = (low_BD, _nothing(torch.int8)) if self.kind == "bfloat16" else (_nothing(torch.int16), low_BD)
         arguments = (x_BD.numpy(), self.code, self.smooth_D.numpy(), low16.numpy(), low8.numpy(), scale_B.numpy())
-        self.team.run(*_pieces(self.loops.low_rows, n, ROWS_A_PIECE, arguments))
+        self.team.run(*pieces(self.loops.low_rows, n, ROWS_A_PIECE, arguments))
         return low_BD, scale_B
 
     def chunk(self, n_rows: int, n_latents: int) -> int:
@@ -141,6 +141,6 @@ def _nothing(dtype: torch.dtype) -> Tensor:
     return torch.empty(1, 1, dtype=dtype)
 
 
-def _pieces(loop: Any, n: int, size: int, arguments: tuple[Any, ...]) -> tuple[Any, int]:
+def pieces(loop: Any, n: int, size: int, arguments: tuple[Any, ...]) -> tuple[Any, int]:
     """For `Team.run`: the loop over ranges of `size`."""
     return lambda i: loop(i * size, min(n, (i + 1) * size), *arguments), -(-n // size)

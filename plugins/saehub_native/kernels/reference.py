@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -52,6 +54,7 @@ class ReferenceKernels:
     """Implements `saehub_native.kernels.Kernels`; keeps its scratch tensors, because fresh ones cost page faults every step."""
 
     name = "reference"
+    lazy = False
 
     def __init__(self) -> None:
         self._scratch: Tensor | None = None
@@ -106,7 +109,16 @@ class ReferenceKernels:
         dots_N = torch.ops.aten._embedding_bag_per_sample_weights_backward(grad_BD, W_dec_FD, indices_BK.reshape(-1), starts_B, rows_N, 0, -1)
         return dots_N.view(n_rows, k)
 
-    def group(self, indices_BK: Tensor, n_latents: int) -> Firing:
+    def reconstruct(
+        self, target_BD: Tensor, values_BK: Tensor, indices_BK: Tensor, W_dec_FD: Tensor, weight: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        residual_BD = target_BD.sub_(self.decode(values_BK, indices_BK, W_dec_FD))
+        grad_BD = residual_BD * (-2 * weight)
+        # A selected value of 0 is held there by the ReLU (or pads a row): no gradient.
+        delta_BK = self.value_gradients(grad_BD, indices_BK, W_dec_FD).mul_(values_BK != 0)
+        return residual_BD, grad_BD, delta_BK, residual_BD.square().sum()
+
+    def group(self, indices_BK: Tensor, n_latents: int, values_BK: Tensor | None = None) -> Firing:
         latents_N = indices_BK.reshape(-1)
         order_N = torch.sort(latents_N.int(), stable=True).indices
         counts_F = torch.bincount(latents_N, minlength=n_latents)
@@ -115,3 +127,12 @@ class ReferenceKernels:
     def latent_sums(self, firing: Firing, weights_BK: Tensor, source_BD: Tensor) -> Tensor:
         weights_N = weights_BK.reshape(-1)[firing.order_N]
         return F.embedding_bag(firing.rows_N, source_BD, firing.offsets_F, mode="sum", per_sample_weights=weights_N)
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        pass
+
+    def cautions(self) -> list[str]:
+        return []
