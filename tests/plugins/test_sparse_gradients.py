@@ -12,6 +12,8 @@ from saehub_native.architectures.groupmax import GroupMax
 from saehub_native.architectures.matryoshka import Matryoshka
 from saehub_native.architectures.topk import TopK
 from saehub_native.config import AbsTopKConfig, BatchTopKConfig, GroupMaxConfig, MatryoshkaConfig, TopKConfig
+from saehub_native.kernels.cpu import CpuKernels
+from saehub_native.kernels.lazy import RowSums
 from saehub_native.kernels.reference import ReferenceKernels
 
 pytestmark = pytest.mark.quick
@@ -27,7 +29,7 @@ CLASSES = {
 }
 
 
-def build(name: str, kind: str, seed: int = 0, **settings):
+def build(name: str, kind: str, seed: int = 0, kernels=ReferenceKernels, **settings):
     """An architecture, moved parameters, rows and targets; everything float32."""
     d_in, d_out, skip = KINDS[kind]
     g = torch.Generator().manual_seed(seed)
@@ -35,7 +37,7 @@ def build(name: str, kind: str, seed: int = 0, **settings):
     cls, make = CLASSES[name]
     config = make(**{"k": K, "width": F, "batch": 64, "k_aux": K_AUX, "auxk_alpha": 0.25, "revive": 0.01, "skip": skip} | settings)
     assert list(config.check(job)) == []
-    architecture = cls(config, job, ReferenceKernels())
+    architecture = cls(config, job, kernels())
     x = torch.randn(400, d_in, generator=g) + 0.5
     y = x if kind == "autoencoder" else torch.randn(400, d_out, generator=g) - 0.3
     params = architecture.init(x[:200], y[:200], g)
@@ -90,10 +92,18 @@ def dense_loss(name: str, p, x, y, dead_F, k: int, subtract: bool, variance: flo
     return loss - 0.01 * p["b_enc"][dead_F].sum(), full, f
 
 
+def lazy_kernels():
+    """The compiled kernels, as a session sets them."""
+    kernels = CpuKernels()
+    kernels.lazy = True
+    return kernels
+
+
+@pytest.mark.parametrize("kernels", [ReferenceKernels, lazy_kernels])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", CLASSES)
-def test_every_gradient_equals_float64_dense_autograd(name, kind):
-    architecture, params, x, y, g = build(name, kind)
+def test_every_gradient_equals_float64_dense_autograd(name, kind, kernels):
+    architecture, params, x, y, g = build(name, kind, kernels=kernels)
     dead_F = torch.zeros(F, dtype=torch.bool)
     dead_F[torch.randperm(F, generator=g)[:40]] = True
     params["b_enc"][dead_F] -= 0.0 if name == "abstopk" else 0.4  # so that some dead latents do not fire in this batch
@@ -112,6 +122,9 @@ def test_every_gradient_equals_float64_dense_autograd(name, kind):
     assert ok.all() and len(x) >= 60
     before = [t.clone() for t in (x, y, *params.values())]
     result = architecture.gradients(params, x, y, dead_F)
+    if kernels is lazy_kernels:
+        assert type(result.grads["W_enc"]) is type(result.grads["W_dec"]) is RowSums
+        result.grads |= {name: result.grads[name].dense() for name in ("W_enc", "W_dec")}
 
     ends = architecture.config.prefix_ends(architecture.job) if name == "matryoshka" else [F]
     loss, full, f = dense_loss(name, exact, x.double(), y.double(), dead_F, K, subtract, architecture.constants["variance"], ends)

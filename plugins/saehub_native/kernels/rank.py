@@ -68,8 +68,8 @@ class Ranker:
         n, d = W_enc_FD.shape
         if self.smooth_D is None or self.smooth_D.numel() != d:
             self.smooth_D = smoothing(x_BD, W_enc_FD) if self.kind == "int8" else torch.ones(d)
-        self.low16_FD = torch.empty((n, d) if self.kind == "bfloat16" else (1, 1), dtype=torch.int16)
-        self.low8_FD = torch.empty((n, d) if self.kind == "int8" else (1, 1), dtype=torch.int8)
+        self.low16_FD = torch.zeros((n, d) if self.kind == "bfloat16" else (1, 1), dtype=torch.int16)
+        self.low8_FD = torch.zeros((n, d) if self.kind == "int8" else (1, 1), dtype=torch.int8)
         self.low_scale_F = torch.ones(n)
         if self.kind != "float32":
             arguments = (W_enc_FD.numpy(), *self.copies())
