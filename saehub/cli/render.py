@@ -174,19 +174,22 @@ def _cell(row: Row, dataset: str | None, notes: list[str]) -> Text:
 
 
 def comparison(differences: Iterable[Any], names: tuple[str, str]) -> None:
-    """The rows of `runs compare`: both values, the difference with its standard error, and the verdict."""
-    ranks = {"a better": f"{names[0]} better", "b better": f"{names[1]} better"}
-    grid = _grid(["SAE", "metric", "dataset", *names, "difference", "verdict"], right=[*names, "difference"])
+    """The rows of `runs compare`: both values, the difference with its interval, and the verdict."""
+    grid = _grid(["SAE", "metric", "dataset", *names, "difference (95 %)", "verdict"], right=[*names])
     for item in differences:
         same = item.subjects_a == item.subjects_b
         sae = "+".join(item.subjects_a) if same else f"{'+'.join(item.subjects_a)} → {'+'.join(item.subjects_b)}"
-        verdict = text(ranks.get(item.verdict, item.verdict), "green" if item.verdict in ranks else "")
+        better = {"a better": "+".join(item.subjects_a), "b better": "+".join(item.subjects_b)} if names == ("first", "second") and not same else {}
+        ranks = better or {"a better": names[0], "b better": names[1]}
+        verdict = text(f"{ranks[item.verdict]} better" if item.verdict in ranks else item.verdict, "green" if item.verdict in ranks else "")
         if item.reason:
             verdict.append(f": {clean(item.reason)}", style="dim")
-        mark = " paired" if item.paired else ""
+        gap = numbers.signed(item.delta, item.stderr).partition(" ± ")[0]
+        if item.ci_low is not None and item.verdict not in ("not comparable", "equal"):
+            gap += f" [{numbers.value(item.ci_low, item.stderr)}, {numbers.value(item.ci_high, item.stderr)}]{' paired' if item.paired else ''}"
         grid.add_row(
             text(sae), text(item.metric), text(dataset_label(item.dataset)), text(numbers.with_error(item.a, item.stderr_a)),
-            text(numbers.with_error(item.b, item.stderr_b)), text(numbers.signed(item.delta, item.stderr) + mark), verdict,
+            text(numbers.with_error(item.b, item.stderr_b)), text(gap), verdict,
         )  # fmt: skip
     show(grid)
 

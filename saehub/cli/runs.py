@@ -94,18 +94,20 @@ def show(run: str, as_json: bool) -> None:
 
 @runs.command("compare")
 @click.argument("first", metavar="RUN")
-@click.argument("second", metavar="RUN")
+@click.argument("second", metavar="[RUN]", required=False)
 @json_option()
-def compare(first: str, second: str, as_json: bool) -> None:
-    """Compare two runs: differences with standard errors.
+def compare(first: str, second: str | None, as_json: bool) -> None:
+    """Compare two runs, or the SAEs of one, with each other.
 
-    They are ranked only where the data can tell them apart: not while their 95 % intervals overlap. Numbers on the same text
-    are compared sequence by sequence.
+    Numbers on the same text are compared by a paired bootstrap over its sequences. They are ranked only where the interval
+    of the difference leaves out zero, adjusted (Holm) over the pairs of SAEs compared. Numbers on different text, or of
+    different definitions, are not comparable.
     """
     from saehub.errors import UsageError
     from saehub.report import compare as comparison
 
-    left, right = _find(first), _find(second)
+    left = _find(first)
+    right = _find(second) if second is not None else left
     for run in (left, right):
         if not run.measurements:
             raise UsageError(
@@ -113,9 +115,13 @@ def compare(first: str, second: str, as_json: bool) -> None:
                 where=str(run.path),
                 fix="finish it: run its recipe again with the same command",
             )
-    differences, remarks = comparison.compare(left.measurements, right.measurements)
+    if second is None:
+        differences, remarks = comparison.within(left.measurements)
+    else:
+        differences, remarks = comparison.compare(left.measurements, right.measurements)
     if as_json:
-        return out_json({"runs": [_row(left), _row(right)], "differences": differences, "remarks": remarks})
+        runs = [_row(left)] if second is None else [_row(left), _row(right)]
+        return out_json({"runs": runs, "differences": differences, "remarks": remarks})
     from saehub.cli import render
 
     names = (left.name, right.name) if left.name != right.name else ("first", "second")
@@ -123,9 +129,16 @@ def compare(first: str, second: str, as_json: bool) -> None:
     for remark in remarks:
         say(clean(remark))
     if not differences:
-        say("the two runs share no metric on an SAE of the same id")
+        say(
+            "the run has no two SAEs at one site; to compare it with another run: saehub runs compare RUN RUN"
+            if second is None
+            else "the two runs share no metric on an SAE of the same id"
+        )
     ranked = sum(item.verdict in ("a better", "b better") for item in differences)
     say(f"\n{ranked} of {len(differences)} differences are larger than their 95 % intervals allow by chance; the others are not ranked.")
+    families = max((item.family for item in differences), default=1)
+    if families > 1:
+        say(f"p-values are adjusted (Holm) over up to {families} pairs of SAEs in each metric and dataset.")
     say("Errors are over evaluation text. They say nothing about how another training seed would come out.")
 
 

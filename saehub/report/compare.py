@@ -1,14 +1,31 @@
-"""Two lists of measurements in; differences with standard errors out, ranked only where the data can tell them apart."""
+"""Two lists of measurements (or the SAEs of one) in; differences with intervals out, ranked only where the data can tell them apart.
+
+On shared sequences the difference is bootstrapped in pairs (Efron & Tibshirani 1993, §8): the same resampled sequences for both SAEs,
+
+    Δ* = R_b(S*) - R_a(S*),   R(S) = Σ_S num / Σ_S den,   S* a draw of n sequences with replacement,
+
+its 95 % interval the 2.5 and 97.5 % quantiles of Δ*, its p-value twice the smaller share of Δ* on one side of 0. Where several pairs of
+SAEs are compared in one metric on one dataset, p-values are adjusted over these pairs (Holm 1979).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from math import sqrt
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import combinations
+from math import erfc, sqrt
+from typing import TYPE_CHECKING, Any
 
 from saehub.api import Measurement
 
+if TYPE_CHECKING:
+    import numpy as np
+
+DRAWS = 9_999
+"""Bootstrap resamples (fewer where sequences are so many that they would not fit `DRAW_CELLS`)."""
+DRAW_CELLS = 20_000_000
+LEVEL = 0.05
 Z95 = 1.959964
 """Half width of a 95 % normal interval, in standard errors."""
 PARTS = (("numerator", "denominator"), ("numerators", "denominators"))
@@ -40,6 +57,13 @@ class Difference:
     """`a better`, `b better`, `equal`, `not ranked` or `not comparable`."""
     reason: str
     """Why there is no ranking; empty where there is one."""
+    ci_low: float | None = None
+    """95 % interval of `delta`: from the paired bootstrap, else ± 1.96 standard errors."""
+    ci_high: float | None = None
+    p: float | None = None
+    """Two-sided p-value of `delta` = 0, adjusted (Holm) over `family` pairs."""
+    family: int = 1
+    """Pairs of SAEs that were compared in this metric on this dataset."""
 
 
 def compare(left: Sequence[Measurement], right: Sequence[Measurement]) -> tuple[list[Difference], list[str]]:
@@ -55,6 +79,7 @@ def compare(left: Sequence[Measurement], right: Sequence[Measurement]) -> tuple[
         if key in others:
             used.add(key)
             found.append(difference(item, others[key]))
+    found = _adjusted(found)
     alone = [
         ("the first run", [item for item in left if _key(item, rename) not in others]),
         ("the second run", [others[key] for key in others if key not in used]),
@@ -65,6 +90,41 @@ def compare(left: Sequence[Measurement], right: Sequence[Measurement]) -> tuple[
             names = ", ".join(dict.fromkeys(f"{'+'.join(item.subjects) or '-'}: {item.metric}" for item in items))
             remarks.append(f"only in {side}: {names if len(names) <= 300 else names[:297] + '…'}")
     return found, remarks
+
+
+def within(measurements: Sequence[Measurement]) -> tuple[list[Difference], list[str]]:
+    """Differences between all pairs of SAEs of one list that were measured at the same site; sentences about pairs of other L0.
+
+    Numbers about several SAEs at once, and those of SAEs at different sites, are not compared.
+    """
+    by_question: dict[tuple, list[Measurement]] = {}
+    for item in measurements:
+        if len(item.subjects) == 1:
+            by_question.setdefault((item.site, item.dataset, item.evaluator, item.metric), []).append(item)
+    ids = list(dict.fromkeys(item.subjects for items in by_question.values() for item in items))
+    found = [difference(a, b) for items in by_question.values() for a, b in combinations(items, 2)]
+    found.sort(key=lambda item: (ids.index(item.subjects_a), ids.index(item.subjects_b)))  # stable: metrics keep their order
+    found = _adjusted(found)
+    return found, [text.replace(" in the first run", " in the first").replace(" in the second run", " in the second") for text in _other_sparsity(found)]
+
+
+def _adjusted(found: list[Difference]) -> list[Difference]:
+    """Holm's step-down over the pairs of each (metric, dataset, evaluator): the i-th smallest of m p-values times m - i + 1, never falling."""
+    families: dict[tuple, list[int]] = {}
+    for index, item in enumerate(found):
+        if item.p is not None:
+            families.setdefault((item.metric, item.dataset, item.evaluator), []).append(index)
+    out = list(found)
+    for members in families.values():
+        largest, m = 0.0, len(members)
+        for rank, index in enumerate(sorted(members, key=lambda i: found[i].p)):
+            item = found[index]
+            largest = max(largest, min(1.0, (m - rank) * item.p))
+            changed = {"p": largest, "family": m}
+            if item.verdict in ("a better", "b better") and largest > LEVEL:
+                changed |= {"verdict": "not ranked", "reason": f"p = {largest:.2g} after Holm's adjustment over {m} pairs"}
+            out[index] = replace(item, **changed)
+    return out
 
 
 def _other_sparsity(found: Sequence[Difference]) -> list[str]:
@@ -94,27 +154,33 @@ def _match(left: Iterable[Measurement], right: Iterable[Measurement]) -> dict[st
 
 
 def difference(a: Measurement, b: Measurement) -> Difference:
-    """b - a, its standard error, and who is better, if that can be said.
+    """b - a, its standard error and interval, and who is better, if that can be said.
 
+    Paired (same text, per-sequence parts on both sides): the paired bootstrap, and a ranking only where its 95 % interval leaves out zero.
     Unpaired: se = sqrt(se_a^2 + se_b^2), and a ranking only where the two 95 % intervals do not overlap.
-    Paired (same text, per-sequence parts on both sides): se from the per-sequence differences, and a ranking only
-    where the 95 % interval of the difference leaves out zero.
     """
     delta = b.value - a.value if a.value is not None and b.value is not None else None
-    stderr, paired = None, False
-    if delta is not None:
-        stderr = _paired_stderr(a, b)
-        paired = stderr is not None
-        if not paired and a.stderr is not None and b.stderr is not None:
-            stderr = sqrt(a.stderr**2 + b.stderr**2)
-    verdict, reason = _verdict(a, b, delta, stderr, paired)
+    stderr = p = low = high = None
+    gaps_R = _bootstrap(a, b) if delta is not None else None
+    if gaps_R is not None:
+        import numpy as np
+
+        low, high = (float(q) for q in np.quantile(gaps_R, (0.025, 0.975)))
+        stderr, n = float(gaps_R.std(ddof=1)), len(gaps_R)
+        p = min(1.0, 2 * (1 + min(int((gaps_R <= 0).sum()), int((gaps_R >= 0).sum()))) / (n + 1))
+    elif delta is not None and a.stderr is not None and b.stderr is not None:
+        stderr = sqrt(a.stderr**2 + b.stderr**2)
+        low, high = delta - Z95 * stderr, delta + Z95 * stderr
+        p = erfc(abs(delta) / stderr / sqrt(2)) if stderr else float(delta == 0)
+    verdict, reason = _verdict(a, b, delta, (low, high) if gaps_R is not None else None)
     return Difference(
         a.metric, a.dataset, a.evaluator, a.definition, a.better, a.subjects, b.subjects,
-        a.value, b.value, a.stderr, b.stderr, delta, stderr, paired, verdict, reason,
+        a.value, b.value, a.stderr, b.stderr, delta, stderr, gaps_R is not None, verdict, reason, low, high,
+        None if verdict == "not comparable" else p,
     )  # fmt: skip
 
 
-def _verdict(a: Measurement, b: Measurement, delta: float | None, stderr: float | None, paired: bool) -> tuple[str, str]:
+def _verdict(a: Measurement, b: Measurement, delta: float | None, paired: tuple[float, float] | None) -> tuple[str, str]:
     if a.definition != b.definition:
         return "not comparable", f"two definitions: {a.definition} and {b.definition}"
     if delta is None:
@@ -128,7 +194,7 @@ def _verdict(a: Measurement, b: Measurement, delta: float | None, stderr: float 
     if a.better not in ("higher", "lower"):
         return "not ranked", "neither direction is better"
     if paired:
-        if abs(delta) <= Z95 * (stderr or 0.0):
+        if paired[0] <= 0 <= paired[1]:
             return "not ranked", "the 95 % interval of the paired difference holds zero"
     else:
         intervals = _interval(a), _interval(b)
@@ -148,39 +214,49 @@ def _interval(item: Measurement) -> tuple[float, float] | None:
     return item.value - Z95 * item.stderr, item.value + Z95 * item.stderr
 
 
-def _paired_stderr(a: Measurement, b: Measurement) -> float | None:
-    """Standard error of R_b - R_a for ratios R = sum(num) / sum(den) over the same n sequences (delta method).
+@lru_cache(maxsize=4)
+def _draws(n: int) -> np.ndarray:
+    """How often each of n sequences is drawn, float64 [draws, n]: the same draws for every metric, and every time."""
+    import numpy as np
 
-    u_i = (num_i - R den_i) / mean(den);  se^2 = sum_i (u_i^b - u_i^a - mean)^2 / (n (n - 1)).
-    None unless both sides keep the parts of the same text and these parts reproduce the value (or 1 - value).
+    draws = max(999, min(DRAWS, DRAW_CELLS // n))
+    chosen = np.random.default_rng(n).integers(0, n, (draws, n)) + n * np.arange(draws)[:, None]
+    return np.bincount(chosen.ravel(), minlength=draws * n).reshape(draws, n).astype(np.float64)
+
+
+def _bootstrap(a: Measurement, b: Measurement) -> np.ndarray | None:
+    """R_b - R_a on each resample of the sequences that they share, float64 [draws].
+
+    None unless both sides keep the parts of the same text, these parts reproduce the values (or 1 - value), and no resample has an empty
+    denominator.
     """
+    import numpy as np
+
     if not a.dataset_hash or a.dataset_hash != b.dataset_hash or a.definition != b.definition:
         return None
-    left, right = _influences(a), _influences(b)
-    if left is None or right is None or len(left) != len(right) or len(left) < 2:
+    left, right = _ratio(a), _ratio(b)
+    if left is None or right is None or len(left[1]) != len(right[1]) or len(left[1]) < 2:
         return None
-    gaps = [y - x for x, y in zip(left, right, strict=True)]
-    mean, n = sum(gaps) / len(gaps), len(gaps)
-    return sqrt(sum((gap - mean) ** 2 for gap in gaps) / (n * (n - 1)))
+    sums_R4 = _draws(len(left[1])) @ np.stack([left[1], left[2], right[1], right[2]], 1)
+    if not (np.abs(sums_R4[:, [1, 3]]) > 0).all():
+        return None
+    return right[0] * sums_R4[:, 2] / sums_R4[:, 3] - left[0] * sums_R4[:, 0] / sums_R4[:, 1] + ((right[0] < 0) - (left[0] < 0))
 
 
-def _influences(item: Measurement) -> list[float] | None:
+def _ratio(item: Measurement) -> tuple[float, Any, Any] | None:
+    """(sign, numerators, denominators): the value is their ratio (sign 1) or 1 minus it (sign -1)."""
+    import numpy as np
+
     sums = _sums(item.parts)
     if sums is None or item.value is None:
         return None
-    top, bottom = sums
-    if sum(bottom) == 0:
+    top, bottom = (np.asarray(part, dtype=np.float64) for part in sums)
+    if bottom.sum() == 0:
         return None
-    ratio = sum(top) / sum(bottom)
-    near = 1e-6 * max(1.0, abs(item.value))
+    ratio, near = float(top.sum() / bottom.sum()), 1e-6 * max(1.0, abs(item.value))
     if abs(ratio - item.value) <= near:
-        sign = 1.0
-    elif abs(1 - ratio - item.value) <= near:
-        sign = -1.0
-    else:
-        return None
-    scale = sum(bottom) / len(bottom)
-    return [sign * (x - ratio * y) / scale for x, y in zip(top, bottom, strict=True)]
+        return 1.0, top, bottom
+    return (-1.0, top, bottom) if abs(1 - ratio - item.value) <= near else None
 
 
 def _sums(parts: Mapping[str, Any]) -> tuple[list[float], list[float]] | None:

@@ -178,7 +178,7 @@ def test_names_cannot_steer_the_terminal(broken):
         (["convert", "a", "b"], "missing option '--to'"),
         (["eval", "x", "--with", "y", "--tokens", "many"], "'many' is not a valid integer"),
         (["--nonsense"], "--nonsense"),
-        (["runs", "compare", "one"], "missing argument 'RUN'"),
+        (["runs", "compare"], "missing argument 'RUN'"),
     ],
     ids=" ".join,
 )

@@ -60,7 +60,7 @@ def test_compare_ranks_what_is_apart_and_nothing_else(saehub, two_runs):
     assert said.code == 0
     fvu = next(line for line in said.out.splitlines() if re.match(r"native-k32 → wide-k32\s+fvu\s+in-sample", line))
     assert "0.1293 ± 0.0021" in fvu and "0.1793 ± 0.0021" in fvu
-    assert "+0.0500 ± 0.0030" in fvu and fvu.endswith("topk-llama-1a2b better")
+    assert "+0.0500 [0.0442, 0.0558]" in fvu and fvu.endswith("topk-llama-1a2b better")
     data = saehub("runs", "compare", "topk-llama", "topk-wide", "--json").data
     verdicts = {(item["metric"], item["dataset"]): item["verdict"] for item in data["differences"]}
     assert verdicts["fvu", "in_sample"] == "a better"
@@ -76,8 +76,17 @@ def test_overlap_is_not_ranked(saehub, home, fake_run):
     fake_run.write(home / "runs" / "b", rows=rows)
     said = saehub("runs", "compare", "a", "b")
     line = next(line for line in said.out.splitlines() if line.split()[1:2] == ["fvu"])
-    assert line.endswith("not ranked: the 95 % intervals overlap")
+    assert "not ranked: the 95 % intervals" in line
     assert "better" not in line
+
+
+def test_the_saes_of_one_run_are_compared_with_each_other(saehub, home, fake_run):
+    fake_run.write(home / "runs" / "sweep", saes=("k16", "k32", "k64"))
+    said = saehub("runs", "compare", "sweep")
+    assert said.code == 0 and re.search(r"^k16 → k64\s+fvu\s+in-sample.*k16 better$", said.out, re.MULTILINE)
+    assert "adjusted (Holm) over up to 3 pairs" in said.err
+    fake_run.write(home / "runs" / "one")
+    assert "no two SAEs at one site" in saehub("runs", "compare", "one").err
 
 
 def test_compare_needs_numbers(saehub, home, fake_run):

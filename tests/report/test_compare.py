@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from saehub.api import Measurement
-from saehub.report.compare import compare, difference
+from saehub.report.compare import compare, difference, within
 
 pytestmark = pytest.mark.quick
 
@@ -126,3 +126,58 @@ def test_saes_are_matched_by_id_or_alone_by_being_alone():
     found, remarks = compare([row(0.5, sae="x"), row(0.5, sae="y")], [row(0.9, sae="y"), row(0.9, sae="z"), row(1.0, sae="y", metric="l0")])
     assert [item.subjects_a for item in found] == [("y",)]
     assert remarks == ["only in the first run: x: fvu", "only in the second run: z: fvu, y: l0"]
+
+
+def test_the_interval_is_that_of_an_independent_paired_bootstrap():
+    generator = np.random.default_rng(4)
+    bottom = generator.gamma(2.0, 1.0, 120)
+    top, other = bottom * generator.normal(0.3, 0.1, 120), bottom * generator.normal(0.33, 0.1, 120)
+    found = difference(ratio_row(top, bottom), ratio_row(other, bottom))
+    draws = np.random.default_rng(5).integers(0, 120, (20_000, 120))
+    gaps = other[draws].sum(1) / bottom[draws].sum(1) - top[draws].sum(1) / bottom[draws].sum(1)
+    width = gaps.std()
+    assert found.ci_low == pytest.approx(np.quantile(gaps, 0.025), abs=0.06 * width)
+    assert found.ci_high == pytest.approx(np.quantile(gaps, 0.975), abs=0.06 * width)
+    assert found.p == pytest.approx(2 * min((gaps <= 0).mean(), (gaps >= 0).mean()), abs=0.01)
+
+
+def test_equal_saes_are_ranked_as_often_as_the_level_says():
+    """200 pairs without a difference: about 5 % are ranked, not 0 % and not 15 %."""
+    generator, ranked = np.random.default_rng(6), 0
+    for _ in range(200):
+        bottom = generator.gamma(5.0, 1.0, 60)
+        rows = [ratio_row(bottom * generator.normal(0.3, 0.1, 60), bottom) for _ in range(2)]
+        ranked += difference(*rows).verdict in ("a better", "b better")
+    assert 3 <= ranked <= 22  # binomial(200, 0.05) is outside with p < 0.005; the bootstrap of 60 is a little narrow
+
+
+def test_holm_is_the_textbook_step_down():
+    """p = 0.01, 0.02, 0.03 over three pairs become 0.03, 0.04, 0.04 (Holm 1979)."""
+    z = {0.01: 2.5758293, 0.02: 2.3263479, 0.03: 2.1700904}
+    left = [row(0.0, 0.1, sae=f"s{i}") for i in range(3)]
+    right = [row(0.1 * np.sqrt(2) * z[p], 0.1, sae=f"s{i}") for i, p in enumerate(z)]
+    found, _ = compare(left, right)
+    assert [item.p for item in found] == pytest.approx([0.03, 0.04, 0.04], rel=1e-5)
+    assert {item.family for item in found} == {3}
+
+
+def test_a_ranking_that_holm_does_not_carry_is_taken_back():
+    generator = np.random.default_rng(7)
+    bottom = generator.gamma(5.0, 1.0, 100)
+    top = bottom * generator.normal(0.3, 0.1, 100)
+    other = top + bottom * generator.normal(0.0230, 0.1, 100)
+    alone = difference(ratio_row(top, bottom), ratio_row(other, bottom))
+    assert alone.verdict == "a better" and 0.0025 < alone.p < 0.05
+    many = [(ratio_row(top, bottom, sae=f"s{i}"), ratio_row(top, bottom, sae=f"s{i}")) for i in range(19)]
+    found, _ = compare([ratio_row(top, bottom), *(a for a, _ in many)], [ratio_row(other, bottom), *(b for _, b in many)])
+    assert found[0].verdict == "not ranked" and "Holm" in found[0].reason and found[0].family == 20
+
+
+def test_the_saes_of_one_run_are_compared_in_pairs_at_their_site():
+    rows = [row(value, 0.001, sae=sae, site=site) for sae, value, site in (("a", 0.1, "x"), ("b", 0.2, "x"), ("c", 0.3, "x"), ("d", 0.4, "y"))]
+    rows += [row(value, 0.0, sae=sae, site="x", metric="l0", better="none") for sae, value in (("a", 32.0), ("b", 32.0), ("c", 64.0))]
+    found, remarks = within(rows)
+    fvu = [item for item in found if item.metric == "fvu"]
+    assert [(item.subjects_a, item.subjects_b) for item in fvu] == [(("a",), ("b",)), (("a",), ("c",)), (("b",), ("c",))]
+    assert all(item.verdict == "a better" and item.family == 3 for item in fvu)
+    assert any("L0 is 32 in the first and 64 in the second" in text for text in remarks)
