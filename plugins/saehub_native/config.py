@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 if TYPE_CHECKING:
     from saehub.api import Job
@@ -29,12 +30,14 @@ class TrainConfig:
     """Number of latents (d_sae), instead of `expansion`."""
     batch: int = 1024
     """Rows a step."""
+    optimizer: Literal["adam", "muon", "schedule_free"] = "adam"
+    """`adam`; `muon`: torch's, for matrices; `schedule_free`: Adam that averages instead of decaying (`pip install 'saehub[schedule-free]'`)."""
     lr: float | None = None
-    """Peak learning rate of Adam. None: a rule, proportional to 1/√d_sae (`peak_lr`)."""
+    """Peak learning rate. None: a rule, proportional to 1/√d_sae (`peak_lr`)."""
     warmup: float = 0.05
     """Share of the steps over which the learning rate rises linearly."""
     decay: float = 0.3
-    """Share of the steps, at the end, over which it falls linearly to zero."""
+    """Share of the steps, at the end, over which it falls linearly to zero (not with `schedule_free`)."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Adam's decay rates of the first and the second moment."""
     clip: float | None = 1.0
@@ -49,6 +52,17 @@ class TrainConfig:
     """Rows without firing after which a latent counts as dead. None: `dead_rows` scales it to the run."""
     revive: float = 1e-4
     """Weight of the push on the biases of dead latents, which reaches those that no row activates; 0 turns it off."""
+    resample: int = 0
+    """How many times, evenly over the first half of the run, dead latents are drawn anew from rows that are reconstructed badly."""
+
+    @property
+    def last_decay(self) -> float:
+        """`decay`, where the optimizer has one."""
+        return 0.0 if self.optimizer == "schedule_free" else self.decay
+
+    def resampling_steps(self, job: Job) -> list[int]:
+        """Steps after which dead latents are drawn anew."""
+        return [round((n + 1) * job.steps / (2 * self.resample)) for n in range(self.resample)]
 
     def architecture(self) -> str:
         """The word in `saehub.json`."""
@@ -107,6 +121,10 @@ class TrainConfig:
             yield f"dead_after is {self.dead_after} rows; it must be at least 1"
         if self.revive < 0:
             yield f"revive is {self.revive:g}; it must be at least 0 (0 turns it off)"
+        if self.resample < 0 or self.resample > max(0, job.steps // 2):
+            yield f"resample is {self.resample}; it is a number of times, from 0 to half of the {job.steps} steps"
+        if self.optimizer == "schedule_free" and find_spec("schedulefree") is None:
+            yield "optimizer is schedule_free, which needs the library schedulefree: pip install 'saehub[schedule-free]'"
         if self.skip and job.target_site is None:
             yield "skip is a linear path from a transcoder's input to its target; name a target_site, or leave it out"
         if job.target_site is None and job.d_in != job.d_out:

@@ -4,11 +4,43 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from saehub_native.kernels.lazy import RowSums
+
+
+class Optimizer(Protocol):
+    """What the training loop asks of an optimizer; parameters are updated in place."""
+
+    t: int
+    """Steps taken."""
+
+    def step(self, grads: Mapping[str, Tensor], lr: float) -> None:
+        """One update."""
+        ...
+
+    def result(self) -> dict[str, Tensor]:
+        """The parameters to evaluate, where they are not those being updated."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """Its own tensors, by name."""
+        ...
+
+    def scalars(self) -> dict[str, Any]:
+        """Its own numbers, for JSON."""
+        ...
+
+    def load_state(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any], t: int) -> None:
+        """Take over what `state` and `scalars` returned, after `t` steps."""
+        ...
+
+    def restart(self, name: str, rows_N: Tensor) -> None:
+        """Forget the past of some rows of a parameter, which have just been replaced."""
+        ...
 
 
 class Adam:
@@ -44,7 +76,20 @@ class Adam:
         """`m.<name>` and `v.<name>`; the step count is the session's."""
         return {f"{kind}.{name}": moment for kind in ("m", "v") for name, moment in getattr(self, kind).items()}
 
-    def load_state(self, tensors: Mapping[str, Tensor], t: int) -> None:
+    def result(self) -> dict[str, Tensor]:
+        """The parameters to evaluate."""
+        return self.params
+
+    def scalars(self) -> dict[str, Any]:
+        """None."""
+        return {}
+
+    def restart(self, name: str, rows_N: Tensor) -> None:
+        """Forget the past of some rows of a parameter, which have just been replaced."""
+        self.m[name][rows_N] = 0
+        self.v[name][rows_N] = 0
+
+    def load_state(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any], t: int) -> None:
         """Take over what `state` returned, after `t` steps."""
         self.t = t
         for kind in ("m", "v"):

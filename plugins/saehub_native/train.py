@@ -14,7 +14,8 @@ from saehub.errors import FormatError, StageFailed, UsageError
 from saehub.seeds import generator
 from saehub_native.kernels import pick
 from saehub_native.kernels.lazy import RowSums
-from saehub_native.optim import Adam, clip
+from saehub_native.optim import clip
+from saehub_native.optim_libraries import make
 from saehub_native.schedule import lr_factor
 
 if TYPE_CHECKING:
@@ -55,12 +56,16 @@ class NativeSession:
         if job.init_from is not None:
             params = {name: p.to(job.device) for name, p in self._warm_start(job.init_from).items()}
         self.params = params
-        self.kernels.lazy = getattr(self.architecture, "takes_row_sums", False)
-        self.optimizer = Adam(params, config.betas)
+        self.optimizer = make(config, params)
+        self.kernels.lazy = self._takes_row_sums()
         self.steps_done = 0
         self.since_fired_F = torch.zeros(config.d_sae(job), dtype=torch.int64, device=job.device)
         self.dead_rows = config.dead_rows(job)
         self._last: dict[str, Tensor | float] = {}
+
+    def _takes_row_sums(self) -> bool:
+        """Whether gradients that are never held whole suit both who makes them and who uses them."""
+        return self.config.optimizer == "adam" and getattr(self.architecture, "takes_row_sums", False)
 
     def _calibration_rows(self) -> tuple[Tensor, Tensor]:
         config, job = self.config, self.job
@@ -89,7 +94,7 @@ class NativeSession:
             raise StageFailed(f"{job.id} is a transcoder to {job.target_site}, but got no targets", where=f"train {job.id}, step {self.steps_done}")
         x_BD = self._rows(x_BD, job.d_in, "rows")
         y_BD = x_BD if job.target_site is None else self._rows(y_BD, job.d_out, "targets")
-        lr = self.config.peak_lr(job) * lr_factor(self.steps_done, job.steps, self.config.warmup, self.config.decay)
+        lr = self.config.peak_lr(job) * lr_factor(self.steps_done, job.steps, self.config.warmup, self.config.last_decay)
 
         dead_F = self.since_fired_F >= self.dead_rows
         result = self.architecture.gradients(self.params, x_BD, y_BD, dead_F, self.steps_done)
@@ -113,6 +118,20 @@ class NativeSession:
         self.since_fired_F += x_BD.shape[0]
         self.since_fired_F[result.fired_F] = 0
         self.steps_done += 1
+        if self.steps_done in self.config.resampling_steps(job):
+            self._resample(x_BD, y_BD, result.residual_BD)
+
+    def _resample(self, x_BD: Tensor, y_BD: Tensor, residual_BD: Tensor) -> None:
+        """Dead latents become directions of rows of this batch, drawn with probability ∝ |e|⁴ (Bricken et al. 2023), and start afresh."""
+        dead_N = (self.since_fired_F >= self.dead_rows).nonzero().squeeze(1)
+        if not dead_N.numel():
+            return
+        chances_B = residual_BD.double().square().sum(1).square().cpu()
+        draw = generator(self.job.id, self.job.seed, "resample", self.steps_done)
+        picks_N = torch.multinomial(chances_B.clamp_min(1e-30), dead_N.numel(), replacement=True, generator=draw).to(dead_N.device)
+        for name in self.architecture.resample(self.params, dead_N, x_BD[picks_N], y_BD[picks_N], x_BD):
+            self.optimizer.restart(name, dead_N)
+        self.since_fired_F[dead_N] = 0
 
     def _check_finite(self) -> None:
         loss = float(self._last["loss"])
@@ -144,7 +163,8 @@ class NativeSession:
             "steps_done": self.steps_done,
             "kernels": self.kernels.name,
             "kernel_state": self.kernels.state(),
-            "constants": self.architecture.constants,
+            "constants": dict(self.architecture.constants),
+            "optimizer": self.optimizer.scalars(),
             "last": {name: float(value) for name, value in self._last.items()},
         }
         return {name: t.detach().cpu().clone() for name, t in tensors.items()}, data
@@ -154,7 +174,7 @@ class NativeSession:
         if self._last:
             self._check_finite()
         tensors = {f"param.{name}": p for name, p in self.params.items()}
-        tensors |= {f"adam.{name}": moment for name, moment in self.optimizer.state().items()}
+        tensors |= {f"{self.config.optimizer}.{name}": moment for name, moment in self.optimizer.state().items()}
         tensors["since_fired"] = self.since_fired_F
         broken = [name for name, t in tensors.items() if t.is_floating_point() and not bool(t.isfinite().all())]
         if broken:
@@ -169,7 +189,7 @@ class NativeSession:
     def load_state(self, tensors: dict[str, Tensor], data: dict) -> None:
         """Go on exactly where `state` was taken. Raises FormatError if the state is of another job or version."""
         held = {f"param.{name}": p for name, p in self.params.items()}
-        held |= {f"adam.{name}": moment for name, moment in self.optimizer.state().items()}
+        held |= {f"{self.config.optimizer}.{name}": moment for name, moment in self.optimizer.state().items()}
         held["since_fired"] = self.since_fired_F
         if data.get("version") != 1:
             raise FormatError(f"the state of {self.job.id} has version {data.get('version')}; this saehub reads 1", where=f"train {self.job.id}")
@@ -180,11 +200,12 @@ class NativeSession:
             )
         self.kernels = self.architecture.kernels = pick(self.job.device, data["kernels"])
         self.kernels.load_state(data.get("kernel_state", {}))
-        self.kernels.lazy = getattr(self.architecture, "takes_row_sums", False)
+        self.kernels.lazy = self._takes_row_sums()
         for name, tensor in held.items():
             tensor.copy_(tensors[name])
         self.architecture.constants = dict(data["constants"])
-        self.steps_done = self.optimizer.t = int(data["steps_done"])
+        self.steps_done = int(data["steps_done"])
+        self.optimizer.load_state(self.optimizer.state(), data["optimizer"], self.steps_done)
         self._last = dict(data["last"])
 
     @torch.no_grad()
@@ -193,5 +214,5 @@ class NativeSession:
         from saehub.checkpoint.sae import SAE, SAEConfig
 
         self._refuse_broken()
-        fields, tensors = self.architecture.export(self.params, self._calibration_rows()[0])
+        fields, tensors = self.architecture.export(self.optimizer.result(), self._calibration_rows()[0])
         return SAE.build(SAEConfig(**fields), {name: t.cpu() for name, t in tensors.items()})

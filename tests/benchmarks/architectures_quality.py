@@ -21,6 +21,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -77,25 +79,27 @@ def make_job(rows: Rows, batch: int, seed: int = 0):
     return Job("quality", "resid_post.2", None, d, d, n // batch, batch, n, seed, calibration=8192)
 
 
-def one(order: dict) -> None:
-    """The child process: train one component on the rows, judge its SAE."""
-    torch.set_num_threads(order["threads"])
+def children(orders: list[dict]) -> None:
+    """The child process: train the components of one library on the rows, judge their SAEs, print one line of JSON each."""
     from saehub.pipeline.local import configured
     from saehub.plugins import catalog
-
-    rows = Rows(Path(order["folder"]))
-    registered = catalog().find("trainer", order["component"])
-    os.environ.update(dict(registered.component.env))
-    job = make_job(rows, order["with"]["batch"])
     from saehub.recipe.check import make_config
 
-    trainer = registered.load()(configured(registered, make_config(registered, order["with"])))
-    session = trainer.open(job, lambda n: (rows.calibration[:n].clone(), None))
-    cpu = time.process_time()
-    for step in range(job.steps):
-        session.step(rows.train[step * job.batch : (step + 1) * job.batch].clone())
-    spent = (time.process_time() - cpu) / job.steps
-    print(json.dumps({"cpu_ms_step": 1e3 * spent, **judge(session.finish(), rows.heldout[:HELDOUT])}))
+    torch.set_num_threads(orders[0]["threads"])
+    for order in orders:
+        rows = Rows(Path(order["folder"]))
+        registered = catalog().find("trainer", order["component"])
+        os.environ.update(dict(registered.component.env))
+        job = make_job(rows, order["with"]["batch"])
+        config = configured(registered, make_config(registered, order["with"]))
+        problems = list(config.check(job))
+        assert not problems, (order["component"], problems)
+        session = registered.load()(config).open(job, lambda n, rows=rows: (rows.calibration[:n].clone(), None))
+        cpu = time.process_time()
+        for step in range(job.steps):
+            session.step(rows.train[step * job.batch : (step + 1) * job.batch].clone())
+        spent = (time.process_time() - cpu) / job.steps
+        print("RESULT " + json.dumps({"cpu_ms_step": 1e3 * spent, **judge(session.finish(), rows.heldout[:HELDOUT])}), flush=True)
 
 
 @torch.no_grad()
@@ -112,13 +116,14 @@ def judge(sae, x_ND: torch.Tensor) -> dict:
     return {"fvu": error / spread, "l0": active / len(x_ND), "dead": 1 - float(fired.double().mean())}
 
 
-def run_apart(component: str, with_: dict, rows: Rows, threads: int) -> dict:
-    """One training in a process of its own."""
-    order = {"component": component, "with": with_, "folder": str(rows.folder), "threads": threads}
-    done = subprocess.run([sys.executable, __file__, "--one", json.dumps(order)], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{component} {with_} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+def run_apart(orders: list[dict]) -> Iterator[dict]:
+    """The outcomes of orders for one library, trained one after another in a process of their own."""
+    with subprocess.Popen([sys.executable, __file__, "--children", json.dumps(orders)], stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("RESULT "):
+                yield json.loads(line.removeprefix("RESULT "))
+    if process.returncode:
+        raise RuntimeError(f"{orders[0]['component']} and others failed")
 
 
 # ---------------------------------------------------------------------------------------------------------------- peers
@@ -126,20 +131,23 @@ def saelens(word: str, steps: int, extra: dict, lrs=(1e-3, 4e-3)) -> list[tuple[
     """SAELens at its default learning rate (3e-4), and at others with a decay and a window that the run can reach."""
     base = {"lr_warm_up_steps": steps // 20, **extra}
     tuned = {"lr_decay_steps": steps // 5, "dead_feature_window": max(8, steps // 32)}
-    return [(f"saelens/{word}", "defaults", base)] + [(f"saelens/{word}", f"lr {lr:g}, decay", {**base, **tuned, "lr": lr}) for lr in lrs]
+    l1 = f", l1 {extra['l1_coefficient']:g}" if "l1_coefficient" in extra else ""
+    return [(f"saelens/{word}", f"defaults{l1}", base)] + [
+        (f"saelens/{word}", f"lr {lr:g}, decay{l1}", {**base, **tuned, "lr": lr}) for lr in lrs
+    ]
 
 
 def dictionary_learning(word: str, steps: int, extra: dict, lrs=(2e-3, 8e-3)) -> list[tuple[str, str, dict]]:
     """dictionary_learning at its default learning rate, and at others with a decay."""
     base = {"warmup_steps": steps // 20, **extra}
-    name = f"dictionary_learning/{word}"
-    return [(name, "defaults", base)] + [(name, f"lr {lr:g}, decay", {**base, "lr": lr, "decay_start": steps * 4 // 5}) for lr in lrs]
+    name, l1 = f"dictionary_learning/{word}", f", l1 {extra['l1_penalty']:g}" if "l1_penalty" in extra else ""
+    return [(name, f"defaults{l1}", base)] + [(name, f"lr {lr:g}, decay{l1}", {**base, "lr": lr, "decay_start": steps * 4 // 5}) for lr in lrs]
 
 
 def sparsify(word: str, steps: int, extra: dict, lrs=(2e-3, 8e-3)) -> list[tuple[str, str, dict]]:
     """Sparsify at its defaults (signum), and with Adam."""
     name = f"sparsify/{word}"
-    adam = {"optimizer": "adam", "lr_warmup_steps": steps // 20}
+    adam = {"optimizer": "adam", "warmup": steps // 20}
     return [(name, "defaults", extra)] + [(name, f"Adam, lr {lr:g}", {**extra, **adam, "lr": lr}) for lr in lrs]
 
 
@@ -200,49 +208,85 @@ def main() -> None:
     parser.add_argument("--with", dest="extra", type=json.loads, default={}, help="further settings of the native runs, as JSON")
     parser.add_argument("--out", type=Path, help="JSON of every run, written after each; runs that it holds are not repeated")
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "saehub-quality")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--children", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.one:
-        return one(json.loads(arguments.one))
-
-    done = json.loads(arguments.out.read_text())["runs"] if arguments.out and arguments.out.exists() else []
-    known = {json.dumps([run["data"], run["component"], run["with"]], sort_keys=True): run for run in done}
-
-    def run(data: str, architecture: str, component: str, label: str, with_: dict) -> dict:
-        key = json.dumps([data, component, with_], sort_keys=True)
-        if key not in known:
-            outcome = run_apart(component, with_, rows, arguments.threads)
-            known[key] = {"data": data, "architecture": architecture, "component": component, "label": label, "with": with_} | outcome
-            print(f"{data} {component} {label}: L0 {outcome['l0']:.2f} FVU {outcome['fvu']:.4f} dead {outcome['dead']:.2%}", file=sys.stderr, flush=True)
-            if arguments.out:
-                facts = {
-                    "command": "python " + " ".join(["tests/benchmarks/architectures_quality.py", *sys.argv[1:]]),
-                    "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "threads": arguments.threads},
-                    "versions": {name: metadata.version(name) for name in ("saehub", "torch", "sae-lens", "dictionary-learning", "eai-sparsify")},
-                    "rows": arguments.rows,
-                    "heldout_rows": HELDOUT,
-                    "runs": list(known.values()),
-                }
-                arguments.out.write_text(json.dumps(facts, indent=1) + "\n")
-        return dict(known[key])
-
+    if arguments.children:
+        return children(json.loads(arguments.children))
+    bench = Bench(arguments)
     for name in arguments.data:
-        rows = gpt2_rows(arguments.rows, arguments.cache) if name == "gpt2" else prepare(name, arguments.rows, arguments.cache)
+        print("\n" + bench.table(name), flush=True)
+
+
+class Bench:
+    """Runs what is asked for and not known yet, and keeps it in the JSON."""
+
+    def __init__(self, arguments: argparse.Namespace):
+        self.arguments, self.out = arguments, arguments.out
+        done = json.loads(self.out.read_text())["runs"] if self.out and self.out.exists() else []
+        self.known = {self.key(run): run for run in done}
+
+    @staticmethod
+    def key(run: dict) -> str:
+        """What makes two runs the same."""
+        return json.dumps([run["data"], run["component"], run["with"]], sort_keys=True)
+
+    def do(self, rows: Rows, wanted: list[dict]) -> None:
+        """Train what is not known, library by library."""
+        left = [run for run in wanted if self.key(run) not in self.known]
+        for plugin in sorted({run["component"].partition("/")[0] for run in left}):
+            mine = [run for run in left if run["component"].startswith(f"{plugin}/")]
+            orders = [{**run, "folder": str(rows.folder), "threads": self.arguments.threads} for run in mine]
+            for run, outcome in zip(mine, run_apart(orders), strict=True):
+                self.known[self.key(run)] = run | outcome
+                print(f"{run['data']} {run['component']} {run['label']}: {outcome}", file=sys.stderr, flush=True)
+                self.write()
+
+    def write(self) -> None:
+        """The JSON of everything so far."""
+        if not self.out:
+            return
+        facts = {
+            "command": "python " + " ".join(["tests/benchmarks/architectures_quality.py", *sys.argv[1:]]),
+            "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "threads": self.arguments.threads},
+            "versions": {name: metadata.version(name) for name in ("saehub", "torch", "sae-lens", "dictionary-learning", "eai-sparsify")},
+            "rows": self.arguments.rows,
+            "heldout_rows": HELDOUT,
+            "runs": list(self.known.values()),
+        }
+        self.out.write_text(json.dumps(facts, indent=1) + "\n")
+
+    def table(self, name: str) -> str:
+        """Everything about one data set."""
+        from saehub.plugins import catalog
+
+        arguments, there = self.arguments, set(catalog().components("trainer"))
+        rows = (gpt2_rows if name == "gpt2" else partial(prepare, name))(arguments.rows, arguments.cache)
         d = rows.train.shape[1]
         fixed = {"batch": arguments.batch, "width": arguments.expansion * d}
-        steps, table = arguments.rows // arguments.batch, []
-        for architecture in arguments.only:
-            theirs = [] if arguments.native else [run(name, architecture, *entry) for entry in peers(steps, fixed)[architecture]]
-            penalised = architecture in ("jumprelu", "relu", "gated")
-            # Near the wanted L0, or else any: ours goes to where the peer is.
-            best = min(theirs, key=lambda run: run["fvu"] * (1 + max(0, abs(run["l0"] / K - 1) - 0.5) * 10), default=None)
-            target = round(best["l0"], 1) if penalised and best else K
+        steps = arguments.rows // arguments.batch
+
+        def run(architecture: str, component: str, label: str, with_: dict) -> dict:
+            return {"data": name, "architecture": architecture, "component": component, "label": label, "with": with_}
+
+        theirs = {a: [run(a, *entry) for entry in peers(steps, fixed)[a] if entry[0] in there] for a in arguments.only}
+        if arguments.native:
+            theirs = {a: [] for a in arguments.only}
+        self.do(rows, [entry for entries in theirs.values() for entry in entries])
+        theirs = {a: [dict(self.known[self.key(entry)]) for entry in entries] for a, entries in theirs.items()}
+        best, ours = {}, {}
+        for a in arguments.only:
+            penalised = a in ("jumprelu", "relu", "gated")
+            # The peer's best near the wanted L0; ours goes to where that one is.
+            best[a] = min(theirs[a], key=lambda run: run["fvu"] * (1 + max(0, abs(run["l0"] / K - 1) - 0.5) * 10), default=None)
+            target = round(best[a]["l0"], 1) if penalised and best[a] else K
             with_ = fixed | ({"target_l0": target} if penalised else {"k": K}) | arguments.extra
-            ours = run(name, architecture, f"native/{architecture}", f"defaults, L0 {target}" if penalised else "defaults", with_)
-            ours["ratio"] = ours["fvu"] / best["fvu"] if best else None
-            table += [ours, *theirs]
-        shape = f"{name}: {arguments.rows:,} rows, batch {arguments.batch}, {steps} steps, d {d}, {fixed['width']} latents, L0 {K}"
-        print("\n" + show(shape, table), flush=True)
+            ours[a] = run(a, f"native/{a}", f"defaults, L0 {target}" if penalised else "defaults", with_)
+        self.do(rows, list(ours.values()))
+        lines = []
+        for a in arguments.only:
+            mine = dict(self.known[self.key(ours[a])])
+            lines += [mine | {"ratio": mine["fvu"] / best[a]["fvu"] if best[a] else None}, *theirs[a]]
+        return show(f"{name}: {arguments.rows:,} rows, batch {arguments.batch}, {steps} steps, d {d}, {fixed['width']} latents, L0 {K}", lines)
 
 
 if __name__ == "__main__":

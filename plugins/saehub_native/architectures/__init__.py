@@ -62,6 +62,10 @@ class Architecture(Protocol):
         """Put parameters back on their constraint, in place."""
         ...
 
+    def resample(self, params: Mapping[str, Tensor], dead_N: Tensor, x_ND: Tensor, y_ND: Tensor, x_BD: Tensor) -> list[str]:
+        """Replace the latents `dead_N`, in place, by directions of the rows x_ND with targets y_ND out of the batch x_BD; the parameters changed."""
+        ...
+
     def export(self, params: Mapping[str, Tensor], x_ND: Tensor | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Fields of `saehub.checkpoint.sae.SAEConfig`, and the tensors of checkpoint format v1; x_ND: calibration rows, for a threshold that
         inference needs and training does not."""

@@ -107,6 +107,26 @@ class Base:
             W_dec_FD = params["W_dec"]
             W_dec_FD.div_(W_dec_FD.norm(dim=1, keepdim=True).clamp_min_(TINY))
 
+    def resample(self, params: Mapping[str, Tensor], dead_N: Tensor, x_ND: Tensor, y_ND: Tensor, x_BD: Tensor) -> list[str]:
+        """Bricken et al. 2023 (Towards Monosemanticity): w_dec = y' / |y'| with y' = y − b_dec, w_enc = x' / |x'| times a fifth of the living
+        encoder rows' mean norm, and a bias that is 0 at the mean row. What else a latent has becomes the mean of the living.
+        """
+        alive_F = torch.ones(params["W_enc"].shape[0], dtype=torch.bool, device=dead_N.device).index_fill_(0, dead_N, False)
+        alive_F = alive_F if alive_F.any() else ~alive_F
+        mean_D = params["b_dec"] if self.subtract_b_dec else x_BD.mean(0)
+        rows_ND = unit(x_ND - mean_D) * (0.2 * params["W_enc"][alive_F].norm(dim=1).mean())
+        decoder_ND = unit(y_ND - params["b_dec"]) * params["W_dec"][alive_F].norm(dim=1).mean()
+        changed = {"W_enc": rows_ND, "W_dec": decoder_ND}
+        for name, p in params.items():
+            if p.shape == alive_F.shape and name.startswith("b_"):
+                changed[name] = torch.zeros_like(p[dead_N]) if self.subtract_b_dec else -(rows_ND @ mean_D)
+            elif p.shape == alive_F.shape:
+                changed[name] = p[alive_F].mean().expand(dead_N.numel())
+        changed.pop("b_dec", None)  # as wide as the dictionary, by chance
+        for name, values in changed.items():
+            params[name][dead_N] = values
+        return list(changed)
+
     # ------------------------------------------------------------------ checkpoints
     def extra_params(self) -> dict[str, Any]:
         """Numbers of the architecture in `saehub.json`, such as `{"k": 32}`."""

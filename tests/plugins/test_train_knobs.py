@@ -1,0 +1,159 @@
+"""Every architecture with every knob stops and goes on bit for bit; optimizers against their libraries, resampling against its equation."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from saehub.api import Job
+from saehub_native import TRAINERS
+from saehub_native.config import BatchTopKConfig, MatryoshkaConfig, TopKConfig
+from saehub_native.config_dense import GatedConfig, JumpReLUConfig, ReLUConfig
+from saehub_native.optim_libraries import Muon, ScheduleFree
+from saehub_native.train import NativeTrainer
+
+pytestmark = pytest.mark.quick
+
+BATCH, D, F = 96, 20, 80
+CASES = {
+    "topk": (TopKConfig, {"k": 4}),
+    "topk muon anneal resample": (TopKConfig, {"k": 4, "optimizer": "muon", "k_anneal": 0.8, "resample": 2}),
+    "batchtopk schedule_free": (BatchTopKConfig, {"k": 4, "optimizer": "schedule_free"}),
+    "matryoshka resample anneal": (MatryoshkaConfig, {"k": 4, "resample": 3, "k_anneal": 0.9}),
+    "relu p-anneal target": (ReLUConfig, {"target_l0": 4.0, "p_anneal": 0.6}),
+    "relu muon resample": (ReLUConfig, {"sparsity": 0.05, "optimizer": "muon", "resample": 2}),
+    "jumprelu tanh resample": (JumpReLUConfig, {"target_l0": 4.0, "resample": 2, "preact": 1e-3}),
+    "jumprelu l0 schedule_free": (JumpReLUConfig, {"target_l0": 4.0, "penalty": "l0", "optimizer": "schedule_free"}),
+    "gated resample": (GatedConfig, {"target_l0": 4.0, "resample": 2}),
+}
+
+
+def rows(n: int, d: int = D, seed: int = 0) -> torch.Tensor:
+    """Sparse combinations of 50 directions, a mean and some noise."""
+    g = torch.Generator().manual_seed(seed)
+    directions = torch.nn.functional.normalize(torch.randn(50, d, generator=g), dim=1)
+    codes = torch.rand(n, 50, generator=g) * (torch.rand(n, 50, generator=g) < 0.06)
+    return 3 * codes @ directions + 0.05 * torch.randn(n, d, generator=g) + 0.3
+
+
+def open_session(name: str, skip: bool = False, steps: int = 20):
+    make, settings = CASES[name]
+    config = make(**{"width": F, "batch": BATCH, "calibration": 256, "dead_after": 2 * BATCH, "skip": skip} | settings)
+    job = Job("job", "resid_post.1", "mlp_out.1" if skip else None, D, 12 if skip else D, steps, BATCH, steps * BATCH, seed=0)
+    session = NativeTrainer(config).open(job, lambda n: (rows(256, seed=9)[:n], rows(256, 12, seed=8)[:n] if skip else None))
+    dead = session.params["b_gate" if "gated" in name else "b_enc"]
+    dead[: F // 4] -= 5.0  # something to resample and to revive
+    return session
+
+
+def feed(session, x, y, first: int, last: int) -> None:
+    for step in range(first, last):
+        part = slice(step * BATCH, (step + 1) * BATCH)
+        session.step(x[part], None if session.job.target_site is None else y[part])
+
+
+@pytest.mark.parametrize("skip", [False, True], ids=["autoencoder", "skip transcoder"])
+@pytest.mark.parametrize("name", CASES)
+def test_stopped_and_restored_it_ends_on_the_same_bits(name, skip, tmp_path):
+    x, y = rows(20 * BATCH), rows(20 * BATCH, 12, seed=3)
+    straight = open_session(name, skip)
+    feed(straight, x, y, 0, 20)
+    assert straight.metrics()["loss"] == straight.metrics()["loss"]
+
+    first = open_session(name, skip)
+    feed(first, x, y, 0, 9)
+    tensors, data = first.state()
+    save_file(tensors, tmp_path / "state.safetensors")
+    feed(first, x, y, 9, 11)
+    second = open_session(name, skip)
+    second.load_state(load_file(tmp_path / "state.safetensors"), json.loads(json.dumps(data, allow_nan=False)))
+    feed(second, x, y, 9, 20)
+    (left, left_data), (right, right_data) = straight.state(), second.state()
+    assert left_data == right_data and set(left) == set(right)
+    assert [n for n in left if not torch.equal(left[n], right[n])] == []
+    left, right = straight.finish().tensors(), second.finish().tensors()
+    assert [n for n in left if not torch.equal(left[n], right[n])] == []
+
+
+def test_every_native_trainer_is_stopped_and_restored_here_or_shares_the_code_of_one():
+    shared = {"abstopk", "groupmax"}  # a selection rule of the same class, without state
+    assert {name for name, *_ in TRAINERS} - shared == {name.split()[0] for name in CASES} - {"matryoshka"} | {"matryoshka_batchtopk"}
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "schedule_free"])
+def test_optimizers_equal_their_libraries_driven_by_autograd(optimizer):
+    """The same quadratic by torch's parameters and backward(), and by our gradients; biases of Muon by torch.optim.Adam."""
+    g = torch.Generator().manual_seed(0)
+    start = {"W": torch.randn(9, 6, generator=g), "b": torch.randn(9, generator=g)}
+    ours = {name: p.clone() for name, p in start.items()}
+    theirs = {name: p.clone().requires_grad_() for name, p in start.items()}
+    if optimizer == "muon":
+        mine = Muon(ours, (0.9, 0.999))
+        libraries = [
+            torch.optim.Muon([theirs["W"]], weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.Adam([theirs["b"]], betas=(0.9, 0.999)),
+        ]
+    else:
+        from schedulefree import AdamWScheduleFree
+
+        mine = ScheduleFree(ours, (0.9, 0.999))
+        libraries = [AdamWScheduleFree(theirs.values(), betas=(0.9, 0.999), foreach=False)]
+        libraries[0].train()
+    for step in range(12):
+        lr = 0.02 * (1 + step % 3)
+        target = torch.randn(9, generator=g)
+        for library in libraries:
+            library.param_groups[0]["lr"] = lr
+            library.zero_grad()
+        ((theirs["W"].sum(1) + theirs["b"] - target).square().sum() + theirs["W"].square().sum()).backward()
+        for library in libraries:
+            library.step()
+        miss = 2 * (ours["W"].sum(1) + ours["b"] - target)
+        mine.step({"W": miss[:, None] + 2 * ours["W"], "b": miss}, lr)
+    if optimizer == "schedule_free":
+        libraries[0].eval()
+    for name, p in mine.result().items():
+        assert torch.allclose(p, theirs[name].detach(), atol=2e-3 if optimizer == "muon" else 1e-5), name  # muon: bfloat16 inside
+    assert mine.t == 12
+
+
+def test_schedule_free_gives_the_average_and_never_decays():
+    session = open_session("batchtopk schedule_free")
+    assert session.config.last_decay == 0
+    feed(session, rows(20 * BATCH), None, 0, 20)
+    assert session.metrics()["lr"] == session.config.peak_lr(session.job)
+    averaged = session.optimizer.result()["W_dec"]
+    assert torch.equal(session.finish().tensors()["W_dec"], averaged) and not torch.equal(averaged, session.params["W_dec"])
+
+
+def test_dead_latents_are_drawn_anew_from_rows_that_are_reconstructed_badly():
+    x = rows(20 * BATCH)
+    session = open_session("matryoshka resample anneal", steps=20)
+    assert session.config.resampling_steps(session.job) == [3, 7, 10]
+    x[2 * BATCH + 5] = 40 * torch.nn.functional.normalize(torch.randn(D, generator=torch.Generator().manual_seed(1)), dim=0)  # one very bad row
+    feed(session, x, None, 0, 2)
+    dead = session.since_fired_F >= session.dead_rows
+    assert dead.sum() >= F // 8
+    before = {name: p.clone() for name, p in session.params.items()}
+    feed(session, x, None, 2, 3)
+    dead &= session.params["b_enc"] == 0  # but for one that came back by itself
+    direction = torch.nn.functional.normalize(x[2 * BATCH + 5] - session.params["b_dec"], dim=0)
+    cosines = session.params["W_dec"][dead] @ direction
+    assert (cosines > 0.999).double().mean() > 0.9, "|e|^4 of that row outweighs all others"
+    alive = ~dead
+    norms = session.params["W_enc"].norm(dim=1)
+    assert torch.allclose(norms[dead], 0.2 * norms[alive].mean().expand(int(dead.sum())), rtol=1e-4)
+    assert dead.sum() >= F // 8 and (session.since_fired_F[dead] == 0).all() and (session.optimizer.m["W_enc"][dead] == 0).all()
+    assert (session.params["W_dec"][alive] - before["W_dec"][alive]).abs().max() < 0.1, "the living are left alone"
+
+
+def test_settings_that_cannot_work_are_named(monkeypatch):
+    job = Job("j", "resid_post.1", None, D, D, steps=10, batch=BATCH, rows=960, seed=0)
+    config = TopKConfig(k=4, width=F, batch=BATCH)
+    assert "resample is 6" in next(dataclasses.replace(config, resample=6).check(job))
+    monkeypatch.setattr("saehub_native.config.find_spec", lambda name: None)
+    assert "saehub[schedule-free]" in next(dataclasses.replace(config, optimizer="schedule_free").check(job))
