@@ -60,14 +60,14 @@ class CpuKernels(ReferenceKernels):
     def state(self) -> dict[str, Any]:
         """What a resumed training needs to go the same way: the ranking product and its smoothing, r, and where the audit stands."""
         smooth = [] if self.ranker.smooth_D is None else self.ranker.smooth_D.tolist()
-        counts = {name: getattr(self, name) for name in ("r", "selections", "audited", "missed")}
+        counts = {name: getattr(self, name) for name in ("r", "selections", "audited", "missed", "fullest")}
         return {"rank": self.ranker.kind, "smooth": smooth, **counts}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take over what `state` returned."""
         self.ranker = Ranker(state["rank"], self.loops, self.team)
         self.ranker.smooth_D = torch.tensor(state["smooth"]) if state["smooth"] else None
-        for name in ("r", "selections", "audited", "missed"):
+        for name in ("r", "selections", "audited", "missed", "fullest"):
             setattr(self, name, int(state[name]))
 
     def cautions(self) -> list[str]:

@@ -58,7 +58,7 @@ class ReferenceKernels:
 
     def __init__(self) -> None:
         self._scratch: Tensor | None = None
-        self._fullest = 0  # a guess for the next batch of `encode_select_batch`; it changes the time, not the result
+        self.fullest = 0  # a guess for the next batch of `encode_select_batch`: it changes the work, not the result
 
     def _pre_acts(self, rows: int, n_latents: int, like: Tensor) -> Tensor:
         held = self._scratch
@@ -82,7 +82,7 @@ class ReferenceKernels:
 
     def encode_select_batch(self, x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, k: int) -> tuple[Tensor, Tensor]:
         n_rows, n_latents = x_BD.shape[0], W_enc_FD.shape[0]
-        width = min(n_latents, max(2 * k, self._fullest))
+        width = min(n_latents, max(2 * k, self.fullest))
         while True:
             values_BK, indices_BK = self.encode_select(x_BD, W_enc_FD, b_enc_F, width)
             values_BK, order_BK = values_BK.sort(dim=1, descending=True)
@@ -94,7 +94,7 @@ class ReferenceKernels:
             if fullest < width or width == n_latents:
                 break
             width = min(n_latents, 2 * width)
-        self._fullest = fullest + fullest // 4 + 1
+        self.fullest = fullest + fullest // 4 + 1
         kept = max(1, fullest)
         return (values_BK * chosen_BK)[:, :kept].contiguous(), indices_BK.gather(1, order_BK[:, :kept])
 
