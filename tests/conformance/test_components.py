@@ -144,7 +144,7 @@ ARGUMENTS = {
     "native/abstopk": lambda tmp: {"with_": {**TRAIN, "k": 4}, "refuses": [{"k": 1000}]},
     "native/groupmax": lambda tmp: {"with_": {**TRAIN, "k": 4}, "refuses": [{"k": 5}, {"k_anneal": 0.5}]},
     **{
-        f"saelens/{word}": (lambda tmp, with_=with_: {"with_": {**TRAIN, "lr": 3e-3, **with_}, "recover": RECOVER.get(word, 0.8), "refuses": [{"lr": 0.0}, {"lr_warm_up_steps": 400}]})
+        f"saelens/{word}": (lambda tmp, word=word, with_=with_: {"with_": {**TRAIN, "lr": 3e-3, **with_}, "recover": RECOVER.get(word, 0.8), "refuses": [{"lr": 0.0}, {"lr_warm_up_steps": 400}]})
         for word, with_ in SAELENS.items()
     },
     **{f"sparsify/{word}": (lambda tmp, word=word: sparsify(word)) for word in ("topk", "groupmax", "multi_topk", "transcoder", "skip_transcoder")},
