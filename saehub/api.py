@@ -135,7 +135,11 @@ class ExtractorSession(Protocol):
 
 
 class Extractor(Protocol):
-    """Turns a model and tokens into activation rows."""
+    """Turns a model and tokens into activation rows.
+
+    Its config dataclass may have a torch-free `refusal(site, shape) -> str | None`, used at plan: why it cannot read that site of a model
+    with those sizes (`ModelShape`).
+    """
 
     def __init__(self, config: Any): ...
 

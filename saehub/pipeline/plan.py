@@ -149,7 +149,7 @@ class _Planner:
         self.model, self.shape, self.fingerprint = self._model(extractor)
         if not self.problems:
             self.files = extract_config.describe() if extractor and not self.needs_text else None
-            self.widths = self._widths()
+            self.widths = self._widths(extract_config)
             self._tokens()
             self.stream = self._stream(extractor, extract_config)
             subjects = [*self._train(), *self._loads()]
@@ -211,7 +211,7 @@ class _Planner:
             self.warnings.append(f"{entry.name} is not on this machine: sizes are those that model.shape declares, and running fetches it from the hub")
         return spec, shape, found
 
-    def _widths(self) -> dict[str, int]:
+    def _widths(self, config: Any) -> dict[str, int]:
         from saehub.sites import Site
 
         widths: dict[str, int] = {}
@@ -222,6 +222,8 @@ class _Planner:
                 else:
                     site = Site.parse(name)
                     widths[str(site)] = site.width(self.shape) or self._module_width(site)
+                if reason := config.refusal(str(site), self.shape) if self.files is None and hasattr(config, "refusal") else None:
+                    self._problem(f"extract.sites.{index}", reason)
             except SaehubError as error:
                 self._caught(f"extract.sites.{index}", error)
             except KeyError:
