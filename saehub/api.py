@@ -262,6 +262,23 @@ class Subject:
     """SHA-256 over the tensors' hashes."""
 
 
+@dataclass(frozen=True)
+class PlannedSAE:
+    """What a plan knows of an SAE, before it is trained or loaded; None where it does not know. Torch-free."""
+
+    id: str
+    architecture: str | None = None
+    """The word in `saehub.json`."""
+    kind: str | None = None
+    """`autoencoder`, `transcoder` or `skip_transcoder`."""
+    site: str | None = None
+    target_site: str | None = None
+    d_in: int | None = None
+    d_out: int | None = None
+    row_wise: bool = True
+    """False for an architecture that needs whole sequences."""
+
+
 @dataclass
 class EvalDataset:
     """One dataset of the recipe's `data.eval`."""
@@ -342,6 +359,9 @@ class Measurement:
 
 class Evaluator(Protocol):
     """Measures SAEs; rows it cannot measure come back as `not_measured` with a reason, never left out silently.
+
+    Its config dataclass may have a torch-free `refusal(sae: PlannedSAE) -> str | None`: why it cannot measure such an SAE. It is asked at
+    plan, which warns of each pair that it refuses; the results say the same reason.
 
     One that needs `measurements` judges what others measured (`context.measured`); its config dataclass may name them in a class variable
     `reads` (address -> settings), which is what `saehub eval` and the early look of a training run before it.

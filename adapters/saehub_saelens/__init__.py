@@ -39,6 +39,21 @@ def saehub_trainers() -> list[Component]:
 
 
 @hookimpl
+def saehub_evaluators() -> list[Component]:
+    """SAELens' `run_evals` on any SAE."""
+    return [
+        Component(
+            name="evals",
+            target="saehub_saelens.evals:Evals",
+            config="saehub_saelens.evals_config:EvalsConfig",
+            needs=("model", "tokens", "sequences"),
+            summary="sae_lens.evals.run_evals: CE and KL scores, explained variance, L0, shrinkage, density, by its own names and definitions",
+            **LIBRARY,
+        )
+    ]
+
+
+@hookimpl
 def saehub_exporters() -> list[Component]:
     """Read, write and run SAELens checkpoint folders (`cfg.json`, `sae_weights.safetensors`)."""
     return [

@@ -71,6 +71,15 @@ def training_classes(word: str, settings: Iterable[str]) -> tuple[Any, Any, Any,
     return sae_class, config_class, trainer, trainer_config
 
 
+def evaluation() -> Any:
+    """`sae_lens.evals`, with `run_evals` and what it is given."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        LIBRARY.take("sae_lens.evals:run_evals", parameters=("sae", "activation_store", "model", "activation_scaler", "eval_config", "exclude_special_tokens"))
+        LIBRARY.take("sae_lens.evals:EvalConfig", parameters=("batch_size_prompts", "n_eval_reconstruction_batches", "n_eval_sparsity_variance_batches"))
+        return LIBRARY.take("sae_lens.evals", attributes=("ActivationScaler", "get_featurewise_weight_based_metrics"))
+
+
 def run(path: Path, x_ND: Tensor) -> tuple[Tensor, Tensor]:
     """Features [n, d_sae] and reconstruction [n, d_out], the latter by `forward`: `decode` leaves a skip path and a temporal SAE's
     prediction out. A temporal SAE takes sequences [S, T, d_in] and gives [S, T, …]."""

@@ -114,6 +114,27 @@ def test_sites_that_transformer_lens_lacks_are_refused(model_of, stage):
         BridgeExtractor().open(None, None, ["embed"], lm_batch=4)
 
 
+def test_a_plan_refuses_them_at_their_place(model_of, tmp_path):
+    from saehub.errors import RecipeError
+    from saehub.pipeline.plan import make_plan
+    from saehub.plugins import catalog
+    from saehub.recipe import check_text
+
+    text = f"""
+saehub: 1
+name: refused
+model: {{name: {model_of("gpt2", "eager").spec.name}, device: cpu}}
+data: {{train: {{source: builtin/python-docs, tokens: 1_000, context: 32}}}}
+extract: {{uses: transformer_lens/bridge, sites: [resid_post.1, "transformer.h.0.ln_1:out"]}}
+train: [{{uses: native/topk, site: resid_post.1, with: {{k: 4, width: 64, batch: 100}}}}]
+"""
+    recipe, _ = check_text(text, "refused.yaml")
+    with pytest.raises(RecipeError) as error:
+        make_plan(recipe, catalog(), base=tmp_path)
+    assert [problem.path for problem in error.value.problems] == ["extract.sites.1"]
+    assert "TransformerLens has no hook for transformer.h.0.ln_1:out" in str(error.value)
+
+
 def test_a_version_without_the_bridge_is_named(model_of, stage, monkeypatch):
     import transformer_lens.model_bridge
 

@@ -241,3 +241,156 @@ def test_a_version_without_what_we_call(monkeypatch, where, name, said):
     with pytest.raises(MissingDependency, match=said) as error:
         SAELensTrainer(settings.TopKConfig(**BASE, k=4)).open(JOB, CALIBRATION)
     assert "sae-lens 6." in str(error.value) and "written for 6.54.12" in str(error.value)
+
+
+# ---------------------------------------------------------------------- saelens/evals
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory):
+    from saehub.testing.stage import Stage
+
+    return Stage(tmp_path_factory.mktemp("stage"), "gpt2")
+
+
+def evaluated(stage, folder, sae, site: str, target_site: str | None = None, **given) -> dict:
+    """metric -> Measurement of one SAE on one dataset."""
+    from dataclasses import asdict
+
+    from saehub.checkpoint.format import save
+    from saehub.pipeline.evaluation import open_context
+    from saehub_saelens.evals import Evals
+    from saehub_saelens.evals_config import EvalsConfig
+
+    path = save(sae, folder / "sae", site=site)
+    spec = {
+        "subjects": [{"id": "a", "path": str(path), "site": site, "target_site": target_site}], "model": asdict(stage.spec), "seed": 0, "device": "cpu",
+        "datasets": {"in_sample": str(stage.tokens().path)}, "extractor": {"address": "native/hf", "config": {}}, "work_dir": str(folder / "work"), "lm_batch": 4,
+    }  # fmt: skip
+    context = open_context(spec, model=stage.model)
+    return {row.metric: row for row in Evals(EvalsConfig(**given)).evaluate(context)}
+
+
+def fitted(stage, site: str, **config):
+    """An SAE with rows of the site as its decoder, so that it reconstructs and its thresholds matter."""
+    from saehub.testing.saes import fit_to
+
+    tokens = stage.tokens()
+    return fit_to(stage.reference(site, tokens.tokens(0, tokens.n_sequences)), **config)
+
+
+@pytest.mark.parametrize("site", ["resid_post.0", "attn_z.1"])
+def test_the_metrics_are_those_of_run_evals(stage, tmp_path, site):
+    """A SAELens SAE given to `run_evals` by hand, on a bridge set up as SAELens' users do, and the same SAE through saehub."""
+    from sae_lens import SAE as Theirs
+    from sae_lens.evals import EvalConfig, get_eval_everything_config, run_evals
+    from sae_lens.training.activation_scaler import ActivationScaler
+    from transformer_lens.model_bridge import TransformerBridge
+
+    from saehub_saelens.codec import SAELensFormat
+
+    sae = fitted(stage, site)
+    sae.provenance.update(site=site)
+    SAELensFormat().write(sae, tmp_path / "theirs")
+    theirs = Theirs.load_from_disk(tmp_path / "theirs", device="cpu", dtype="float32")
+    if site.startswith("attn_z"):
+        theirs.turn_off_forward_pass_hook_z_reshaping()
+    bridge = TransformerBridge.boot_transformers(stage.spec.name, device="cpu")
+    bridge.enable_compatibility_mode(no_processing=True)
+    tokens = stage.tokens()
+
+    class Store:
+        store_batch_size_prompts, context_size, at = 7, tokens.context, 0
+
+        def get_batch_tokens(self, n):
+            self.at += n
+            return tokens.tokens(self.at - n, self.at)
+
+        def reset_input_dataset(self):
+            self.at = 0
+
+    config: EvalConfig = get_eval_everything_config(batch_size_prompts=7, n_eval_reconstruction_batches=3, n_eval_sparsity_variance_batches=4)
+    excluded = tokens.manifest["exclude_ids"]
+    scalars, features = run_evals(theirs, Store(), bridge, ActivationScaler(), config, exclude_special_tokens=excluded)
+    scalars.pop("token_stats")
+    rows = evaluated(stage, tmp_path, sae, site, batch_size_prompts=7, n_eval_reconstruction_batches=3, n_eval_sparsity_variance_batches=4)
+    wanted = {name: value for group in scalars.values() for name, value in group.items()}
+    assert wanted.keys() | features.keys() == rows.keys() and len(excluded) > 1
+    for name, value in wanted.items():
+        assert rows[name].status == "ok" and rows[name].value == pytest.approx(value, rel=2e-5, abs=1e-7), name
+    for name, values in features.items():
+        found = [float("nan") if value is None else value for value in rows[name].parts["per_latent"]]
+        torch.testing.assert_close(torch.tensor(found), torch.tensor(values), rtol=1e-5, atol=1e-6, equal_nan=True)
+    assert rows["l0"].n == 28 and rows["ce_loss_score"].n == 21 and rows["encoder_norm"].dataset is None
+    assert rows["mse"].definition == "saelens.evals.mse/1" and rows["mse"].version.startswith("sae-lens 6.") and "no standard error" in rows["mse"].note
+
+
+def test_reconstructions_are_saehubs_where_sae_lens_has_none(stage, tmp_path):
+    """Topk, and topk under a run-time norm (which needs its input again to decode): explained variance and CE by a float64 formula and a splice of ours."""
+    from saehub.activations import taps
+    from saehub.sites import Site
+
+    tokens = stage.tokens()
+    tokens_BT = tokens.tokens(0, tokens.n_sequences)
+    keep_BT = tokens.keep(0, tokens.n_sequences)
+    tap = Site.parse("resid_post.0").tap(stage.model.shape)
+    x_ND = stage.reference("resid_post.0", tokens_BT)
+    for number, sae in enumerate((fitted(stage, "resid_post.0"), fitted(stage, "resid_post.0", seed=3))):
+        from saehub.checkpoint.sae import SAE
+
+        config = sae.config.replace(norm_in="layer_norm", norm_out="layer_norm") if number else sae.config
+        sae = SAE.build(config, sae.tensors())
+        rows = evaluated(stage, tmp_path / str(number), sae, "resid_post.0")
+        with torch.no_grad():
+            y_ND = sae(x_ND)
+            kept = keep_BT.flatten()
+            x, y = x_ND[kept].double(), y_ND[kept].double()
+            variance = x.square().sum(1).mean() - x.mean(0).square().sum()
+            assert rows["explained_variance"].value == pytest.approx(float(1 - (x - y).square().sum(1).mean() / variance), rel=1e-5)
+            assert rows["l0"].value == pytest.approx(float((sae.encode(x_ND)[kept] != 0).double().sum(1).mean()), rel=1e-6)
+
+            def spliced(z_BTD, sae=sae):
+                return torch.where(keep_BT[..., None], sae(z_BTD), z_BTD)
+
+            logits = taps.splice(stage.model.hf, tokens_BT, tap, spliced)
+            ce_BT = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), tokens_BT[:, 1:], reduction="none")
+            assert rows["ce_loss_with_sae"].value == pytest.approx(float(ce_BT[keep_BT[:, :-1]].mean()), rel=1e-5)
+
+
+def test_what_run_evals_cannot_measure_is_said(stage, tmp_path):
+    from saehub.testing.saes import random_sae
+    from saehub_saelens.evals import RESID_MID
+
+    def reasons(rows, *names):
+        return {rows[name].reason for name in names or rows if rows[name].status != "ok"}
+
+    mid = evaluated(stage, tmp_path / "mid", fitted(stage, "resid_mid.0"), "resid_mid.0")
+    assert mid["ce_loss_score"].reason == mid["kl_div_with_sae"].reason == RESID_MID and mid["explained_variance"].status == "ok"
+    across = random_sae("topk", d_in=32, kind="transcoder", d_out=32, subtract_b_dec=False)
+    rows = evaluated(stage, tmp_path / "across", across, "mlp_in.0", "mlp_out.0")
+    assert "a transcoder predicts another site" in rows["l0"].reason and rows["encoder_norm"].status == "ok"
+    rows = evaluated(stage, tmp_path / "module", fitted(stage, "resid_post.0"), "transformer.h.0.ln_1:out")
+    assert "has no hook for transformer.h.0.ln_1:out" in rows["l0"].reason
+    rows = evaluated(stage, tmp_path / "tied", random_sae("matching_pursuit", d_in=32), "resid_post.0", n_eval_reconstruction_batches=1)
+    assert rows["l0"].status == "ok" and "no encoder matrix" in rows["encoder_norm"].reason
+    silent = fitted(stage, "resid_post.0")
+    silent.b_enc.data.sub_(1e6)
+    silent.b_dec.data.zero_()
+    rows = evaluated(stage, tmp_path / "silent", silent, "resid_post.0")
+    assert rows["l0"].value == 0 and rows["cossim"].status == "failed" and "a norm that it divides by is zero" in rows["cossim"].reason
+    assert rows["consistent_activation_heuristic"].reason == "no latent fired"
+
+
+def test_a_temporal_sae_gets_sequences(stage, tmp_path):
+    from saehub.checkpoint.config import SAEConfig
+    from saehub.checkpoint.registry import architecture
+    from saehub.checkpoint.sae import SAE
+
+    params = {"n_heads": 4, "n_attn_layers": 1, "bottleneck_factor": 4, "k": 5, "tied": True, "input_scale": 1.0}
+    config = SAEConfig("temporal", 32, 48, params=params)
+    draw = torch.Generator().manual_seed(1)
+    sae = SAE.build(config, {name: torch.randn(spec.shape, generator=draw) * 0.2 for name, spec in architecture("temporal").specs(config).items()})
+    rows = evaluated(stage, tmp_path, sae, "resid_post.0", n_eval_reconstruction_batches=1)
+    tokens = stage.tokens()
+    x_BTD = stage.reference("resid_post.0", tokens.tokens(0, tokens.n_sequences)).reshape(tokens.n_sequences, tokens.context, -1)
+    with torch.no_grad():
+        error = (sae(x_BTD) - x_BTD)[tokens.keep(0, tokens.n_sequences)].double().square().sum(1).mean()
+    assert rows["mse"].value == pytest.approx(float(error), rel=1e-5)

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 from saehub.testing.toys import tiny_model, tiny_text
 
@@ -16,23 +15,11 @@ name: bridged
 model: {{name: someone/tiny, device: cpu, attention: eager}}
 data:
   train: {{source: {text}, tokens: 2_000, context: 32}}
-  eval: {{in_sample: {{source: {text}, tokens: 400}}}}
-extract: {{uses: {extractor}, sites: [{sites}], lm_batch: 8, block: 1024, calibration: 256, dtype: float32}}
+  eval: {{in_sample: {{source: {text}, split: all, tokens: 400}}}}
+extract: {{uses: transformer_lens/bridge, sites: [resid_post.1, attn_z.0], lm_batch: 8, block: 1024, calibration: 256, dtype: float32}}
 train: [{{id: small, uses: native/topk, site: resid_post.1, with: {{k: 4, width: 64, batch: 100}}}}]
 evaluate: [{{uses: native/core, with: {{baselines: false, loss_sequences: 4}}}}]
 """
-
-
-def saehub(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    env = {**os.environ, "HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1", "SAEHUB_HOME": str(folder / "home"), "OMP_NUM_THREADS": "1"}
-    env.pop("HF_HUB_CACHE", None)
-    return subprocess.run([sys.executable, "-m", "saehub.cli.main", *arguments], env=env, capture_output=True, text=True, check=False)
-
-
-def recipe(folder: Path, extractor: str, sites: str = "resid_post.1, attn_z.0") -> str:
-    path = folder / f"{extractor.replace('/', '-')}.yaml"
-    path.write_text(RECIPE.format(text=folder / "text.txt", extractor=extractor, sites=sites))
-    return str(path)
 
 
 def test_a_hub_id_through_the_bridge(tmp_path):
@@ -40,19 +27,19 @@ def test_a_hub_id_through_the_bridge(tmp_path):
     tiny_model(snapshot, "gpt2")
     (tmp_path / "hf/hub/models--someone--tiny/refs").mkdir()
     (tmp_path / "hf/hub/models--someone--tiny/refs/main").write_text("abc123")
-    (tmp_path / "text.txt").write_text("\n\n".join(tiny_text(80)))
-
-    refused = saehub(tmp_path, "recipe", "plan", recipe(tmp_path, "transformer_lens/bridge", "resid_post.1, 'transformer.h.0.ln_1:out'"))
-    assert refused.returncode == 2 and "TransformerLens has no hook for transformer.h.0.ln_1:out" in refused.stderr, refused.stderr
-
-    values = {}
-    for extractor in ("transformer_lens/bridge", "native/hf"):
-        done = saehub(tmp_path, "recipe", "run", recipe(tmp_path, extractor), "--out", str(tmp_path / extractor), "--json")
-        assert done.returncode == 0, done.stderr
-        rows = json.loads((tmp_path / extractor / "results.json").read_text())["measurements"]
-        values[extractor] = {row["metric"]: row["value"] for row in rows if row["dataset"] == "in_sample" and row["status"] == "ok"}
-    bridge, native = values.values()
-    assert bridge.keys() == native.keys() and {"fvu", "l0"} <= bridge.keys()
-    assert abs(bridge["fvu"] - native["fvu"]) < 1e-3 * native["fvu"]  # the same rows but for the last bits, so the same SAE but for few steps
-    card = json.loads((tmp_path / "transformer_lens/bridge/run_card.json").read_text())
-    assert "transformer" in json.dumps(card)
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in tiny_text(80)))
+    (tmp_path / "recipe.yaml").write_text(RECIPE.format(text=tmp_path / "text.jsonl"))
+    env = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "SAEHUB_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+    env.pop("HF_HUB_CACHE", None)
+    command = [sys.executable, "-m", "saehub.cli.main", "recipe", "run", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "run"), "--json"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "run/results.json").read_text())["measurements"]
+    assert {"fvu", "l0"} <= {row["metric"] for row in rows if row["status"] == "ok"}
+    header = json.loads((tmp_path / "run/checkpoints/small/saehub.json").read_text())
+    assert header["provenance"]["model"]["fingerprint"] == "hub:someone/tiny@abc123"
+    verified = subprocess.run(  # the golden probe's rows, that the bridge read, against a forward pass of ours
+        [sys.executable, "-m", "saehub.cli.main", "verify", str(tmp_path / "run/checkpoints/small"), "--model", "someone/tiny"],
+        env=env, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert verified.returncode == 0 and "site" in verified.stdout, verified.stdout + verified.stderr
