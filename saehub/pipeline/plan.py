@@ -11,6 +11,7 @@ from saehub.api import Job, ModelShape, ModelSpec
 from saehub.errors import RecipeError, SaehubError
 from saehub.pipeline import estimate, keys
 from saehub.pipeline.cautions import cautions_of, grouped
+from saehub.pipeline.pairs import refusals
 from saehub.pipeline.workspace import Store, free_bytes, home
 from saehub.plugins import Catalog, Registered
 from saehub.seeds import derive
@@ -421,6 +422,7 @@ class _Planner:
             if "several_saes" in needs and len(chosen) < 2:
                 self._problem(f"evaluate.{entry.id or entry.uses}", f"{registered.address} compares SAEs and got {len(chosen)}", "train or load another one")
                 continue
+            self.warnings += refusals(registered.address, needs, config, chosen)
             name = entry.id or registered.address
             groups = [chosen] if "several_saes" in needs else [[stage] for stage in chosen]
             for group in groups:

@@ -1,0 +1,42 @@
+"""Which evaluator will not measure which SAE: said when a recipe is planned, whether the SAE is trained by it or loaded."""
+
+from __future__ import annotations
+
+import pytest
+
+from saehub.checkpoint.format import save
+from saehub.pipeline.plan import make_plan
+from saehub.plugins import catalog
+from saehub.recipe import check_text
+from saehub.testing.saes import random_sae
+from saehub.testing.toys import tiny_model
+
+RECIPE = """
+saehub: 1
+name: pairs
+model: {{name: {folder}/model, device: cpu}}
+data:
+  train: {{source: builtin/python-docs, tokens: 1_000, context: 32}}
+  eval: {{in_sample: {{source: builtin/python-docs, tokens: 500}}}}
+extract: {{sites: [mlp_in.0, mlp_out.0]}}
+train:
+  - {{id: same, uses: native/topk, site: mlp_out.0, with: {{k: 4, width: 64, batch: 100}}}}
+  - {{id: across, uses: native/topk, site: mlp_in.0, target_site: mlp_out.0, with: {{k: 4, width: 64, batch: 100}}}}
+saes:
+  - {{id: loaded, load: "{folder}/skip"}}
+evaluate:
+  - {{uses: saelens/evals}}
+  - {{uses: native/core}}
+"""
+
+
+@pytest.mark.quick
+def test_a_plan_says_what_will_not_be_measured(tmp_path):
+    tiny_model(tmp_path / "model")
+    save(random_sae("relu", d_in=32, d_out=32, kind="skip_transcoder", subtract_b_dec=False), tmp_path / "skip", site="mlp_in.0", target_site="mlp_out.0")
+    recipe, problems = check_text(RECIPE.format(folder=tmp_path), "pairs.yaml")
+    assert not [problem for problem in problems if problem.severity == "error"]
+    plan = make_plan(recipe, catalog(), base=tmp_path / "home")
+    said = [text for text in plan.warnings if "will not measure" in text]
+    assert len(said) == 1 and said[0].startswith("saelens/evals will not measure across, loaded: SAELens' evals compare")
+    assert any(stage.id == "evaluate/saelens/evals/across" for stage in plan.of("evaluate"))  # the results say so too
