@@ -126,7 +126,7 @@ name: refused
 model: {{name: {model_of("gpt2", "eager").spec.name}, device: cpu}}
 data: {{train: {{source: builtin/python-docs, tokens: 1_000, context: 32}}}}
 extract: {{uses: transformer_lens/bridge, sites: [resid_post.1, "transformer.h.0.ln_1:out"]}}
-train: [{{uses: native/topk, site: resid_post.1, with: {{k: 4, width: 64, batch: 100}}}}]
+train: [{{id: small, uses: native/topk, site: resid_post.1, with: {{k: 4, width: 64, batch: 100}}}}]
 """
     recipe, _ = check_text(text, "refused.yaml")
     with pytest.raises(RecipeError) as error:
