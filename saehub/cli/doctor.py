@@ -33,14 +33,19 @@ class Finding:
 
 
 @click.command(context_settings=SETTINGS)
+@click.option("--recipe", "recipe_name", metavar="NAME|FILE", help="Check what this recipe would train on, instead of the machine.")
+@click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help="With --recipe: change one setting, as in `recipe run`.")
 @json_option()
-def doctor(as_json: bool) -> int:
+def doctor(recipe_name: str | None, overrides: tuple[str, ...], as_json: bool) -> int:
     """Check this machine, and say what to do next.
 
-    Looks at Python, torch, devices, disk, the Hugging Face cache and the plugins.
+    Looks at Python, torch, devices, disk, the Hugging Face cache and the plugins. With --recipe, at its activations: is the tensor the one
+    that the site names, finite, in range, shuffled; for loaded SAEs, does another site fit better.
     """
     from saehub.cli.failure import FAILED, OK
 
+    if recipe_name is not None:
+        return _recipe(recipe_name, list(overrides), as_json)
     findings = [finding for look in LOOKS for finding in _guarded(look)]
     code = FAILED if any(finding.status == "failed" for finding in findings) else OK
     if as_json:
@@ -54,6 +59,32 @@ def doctor(as_json: bool) -> int:
         if finding.fix:
             say(f"{finding.name}: {finding.fix}")
     say(f"next: {advice(findings)}")
+    return code
+
+
+def _recipe(name: str, overrides: list[str], as_json: bool) -> int:
+    """The preflight checks of a recipe: one line each, with the fix."""
+    from saehub.cli import render
+    from saehub.cli.failure import FAILED, OK
+    from saehub.pipeline.plan import make_plan
+    from saehub.plugins import catalog
+    from saehub.preflight.run import for_recipe
+    from saehub.recipe import locator, resolve
+
+    known = catalog()
+    checks = for_recipe(make_plan(resolve(name, overrides, known), known, locate=locator(name, overrides, known)))
+    code = FAILED if any(check.status == "failed" for check in checks) else OK
+    if as_json:
+        out_json({"ok": code == OK, "recipe": name, "checks": checks})
+        return code
+    render.table(("what", "status", "detail"), [(check.name, check.status, check.detail) for check in checks])
+    say()
+    for check in checks:
+        if check.fix and check.status in ("warning", "failed"):
+            say(f"{check.name}: {check.fix}")
+    if not checks:
+        say("nothing is trained or loaded by this recipe: there is nothing to check")
+    say(f"next: {'mend the above, and ask again' if code == FAILED else f'saehub recipe run {name}'}")
     return code
 
 

@@ -23,7 +23,7 @@ STATUS = {
     **dict.fromkeys(("ok", "cached"), "green"),
     **dict.fromkeys(("broken", "failed"), "red"),
     **dict.fromkeys(("resume", "not measured", "undecided", "not verified", "inconclusive", "warning", "missing"), "yellow"),
-    "disabled": "dim",
+    **dict.fromkeys(("disabled", "skipped"), "dim"),
 }
 """Words that have a colour wherever they fill a cell."""
 

@@ -58,6 +58,7 @@ def run_card(context: Context, done: list[Stage], seconds: float, errors: list[S
             }
             for stage in plan.stages
         },
+        "preflight": context.facts.get("preflight", []),
         "resume": context.facts["resume"],
         "resume_changes": context.facts.get("resume_changes", []),
         "warnings": [*plan.warnings, *grouped({name.partition("/")[2]: manifest.get("cautions", ()) for name, manifest in manifests.items()})],

@@ -193,6 +193,7 @@ def _walk(context: Context) -> list[SaehubError]:
         try:
             with _disk(plan), _locked(context, pending) as still:
                 if still:
+                    _preflight(context, still)
                     EXECUTORS[pending[0].kind](context, still)
         except (Interrupted, KeyboardInterrupt):
             raise
@@ -211,6 +212,21 @@ def _walk(context: Context) -> list[SaehubError]:
                 if stage.kind != "train":  # training told its own failures, job by job
                     context.events("stage_failed", stage.id, error=errors[-1].to_json() if errors else {"what": "not finished"})
     return errors
+
+
+def _preflight(context: Context, stages: list[Stage]) -> None:
+    """Before the first training or evaluation of a run: is the tensor the one that is meant, and fit to train on?"""
+    if stages[0].kind not in ("train", "evaluate") or context.facts.get("preflight"):
+        return
+    from saehub.preflight.run import before_work
+
+    context.facts["preflight"] = [{"name": "preflight", "status": "failed"}]  # until it has ended
+    try:
+        before_work(context)
+    except SaehubError as error:
+        for stage in stages if stages[0].kind == "train" else ():  # training tells its own failures, and does not begin
+            context.events("stage_failed", stage.id, error=error.to_json())
+        raise
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from saehub.api import Measurement
@@ -54,9 +55,9 @@ CASES = {
     "dead": ("dead", {"dead": 0.9}),
     "explains nothing": ("collapsed", {"fvu": 0.95}),
     "half dead": ("dead", {"dead": 0.6, "recovered": 0.5}),
-    "no better than random": ("collapsed", {"fvu": 0.47, "recovered": 0.6}),
     "duplicates": ("duplicated", {"duplicates": 0.3}),
     "redundant": ("duplicated", {"redundancy": 0.7}),
+    "no better than random": ("collapsed", {"fvu": 0.47, "recovered": 0.6}),
     "wasted": ("deceptively good", {"dead": 0.5}),
     "template": ("deceptively good", {"fvu_out": 0.49}),
 }
@@ -76,8 +77,8 @@ def test_every_rule_has_a_case_and_says_what_it_saw():
 @pytest.mark.parametrize(
     "changes, word, why",
     [
-        ({"dead": 0.9, "bound": 0.01}, "undecided", "too few tokens"),  # silent, but the budget proves nothing
-        ({"dead": 0.9, "bound": 0.01, "dead_decided": True}, "dead", "dead"),  # native/core's own rule decides
+        ({"dead": 0.9, "bound": 1.0}, "undecided", "too few tokens"),  # silent, but the budget proves nothing
+        ({"dead": 0.9, "bound": 1.0, "dead_decided": True}, "dead", "dead"),  # native/core's own rule decides
         ({"redundancy_null": None}, "undecided", "null not measured"),
         ({"fvu_out": None, "recovered_out": None}, "undecided", "out of sample"),
         ({"fvu": None, "recovered": None}, "undecided", "reconstruction was not measured"),
@@ -94,6 +95,20 @@ def test_every_rule_has_a_case_and_says_what_it_saw():
 def test_what_is_missing_or_between_is_undecided_and_causes_come_first(changes, word, why):
     judgement = judge(replace(FINE, **changes))
     assert judgement.verdict == word and any(why in reason for reason in judgement.reasons), judgement
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("expected", [0.1, 1.0, 6.0, 100.0])
+def test_the_null_of_silence_is_the_integral_over_log_normal_rates(expected):
+    from scipy import stats
+    from scipy.integrate import quad
+
+    from saehub_native.verdict.rules import SPREAD, silent_null
+
+    rates = stats.lognorm(s=SPREAD, scale=expected * np.exp(-(SPREAD**2) / 2))
+    assert rates.mean() == pytest.approx(expected)
+    wanted = quad(lambda z: np.exp(-rates.ppf(stats.norm.cdf(z))) * stats.norm.pdf(z), -7, 7, limit=200)[0]
+    assert silent_null(expected) == pytest.approx(wanted, abs=1e-6)
 
 
 @pytest.mark.quick

@@ -29,6 +29,8 @@ class VerdictConfig:
     """Cross-entropy recovered from which reconstruction looks excellent."""
     excellent_random: float = 0.6
     """Where no loss was measured: share of the random directions' FVU up to which reconstruction looks excellent."""
+    adequate_random: float = 0.8
+    """The same, up to which it is adequate: what `good` asks for."""
     dead_mostly: float = 0.85
     """Dead share from which a dictionary is dead, whatever it reconstructs."""
     dead_half: float = 0.5
@@ -37,18 +39,18 @@ class VerdictConfig:
     """Dead share from which excellent reconstruction is deceptive."""
     dead_fine: float = 0.15
     """Dead share up to which a dictionary may be good."""
-    silent_rate: float = 0.03
-    """Silence counts as deadness where it bounds a latent's rate (3/N) by this share of the mean rate L0/F."""
     duplicate_share: float = 0.2
     """Share of latents with a near-duplicate from which a dictionary is duplicated."""
     redundancy_excess: float = 0.5
     """(redundancy - null) / (1 - null) from which it is duplicated."""
     redundancy_fine: float = 0.3
     """The same, up to which it may be good."""
-    crater: float = 0.85
-    """Out of sample, share of the random directions' FVU from which an SAE that did well in sample has learned its template."""
-    crater_loss: float = 0.5
-    """Fall of the cross-entropy recovered, in sample to out of sample, that says the same."""
+    template_inside: float = 0.5
+    """In sample, share of the random directions' FVU up to which an SAE does well enough to have learned a template."""
+    template_outside: float = 0.9
+    """Out of sample, share of theirs from which such an SAE gives no more than random directions."""
+    crater: float = 0.5
+    """Fall of an excellent cross-entropy recovered, in sample to out of sample, that says the same."""
 
     def __post_init__(self) -> None:
         for field in fields(self):

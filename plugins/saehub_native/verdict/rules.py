@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,6 +23,8 @@ CAPACITY = (
 COPIES = ("the closest pairs in native/health", "fewer latents, or a larger k", "initialisation and seed: copies that start alike stay alike")
 DOMAIN = ("a mixture in data.train that holds the domain you care about", "fewer passes over the same text (repeat)", "the same numbers on a third domain")
 NOT_SPARSE = 0.1
+SPREAD = 2.0
+"""Standard deviation of the natural logarithm of healthy firing rates: 0.87 decades."""
 
 
 @dataclass(frozen=True)
@@ -77,13 +80,31 @@ def _no_better_than_random(e: Evidence, t: VerdictConfig) -> str | None:
     return None
 
 
-def proven_dead(e: Evidence, t: VerdictConfig) -> float | None:
-    """The dead share, where silence is telling: by native/core's rule, or where 3/N is a small part of the mean rate, or as published."""
-    if e.dead is None:
-        return None
-    if e.dead_decided or e.bound is None:
+def silent_null(expected: float) -> float:
+    """Share of latents of a healthy dictionary that stay silent where a latent of the mean rate fires `expected` times.
+
+        E_r e^(-r n),   log r normal with mean rate r̄ and standard deviation SPREAD,   r̄ n = `expected`
+
+    by quadrature over ±6 standard deviations. Rates of trained SAEs spread over decades: rare latents are silent in little data, and alive.
+    """
+    nodes = [(i - 300) / 50 for i in range(601)]
+    weights = [math.exp(-(z**2) / 2) for z in nodes]
+    silent = [math.exp(-expected * math.exp(SPREAD * z - SPREAD**2 / 2)) for z in nodes]
+    return sum(w * s for w, s in zip(weights, silent, strict=True)) / sum(weights)
+
+
+def proven_dead(e: Evidence) -> float | None:
+    """The dead share as far as the budget proves it.
+
+    By native/core's rule, or as published (no budget); else the silent share s beyond the share s₀ that a healthy dictionary of that L0
+    and width leaves silent in so little data, (s - s₀) / (1 - s₀).
+    """
+    if e.dead is None or e.dead_decided or e.bound is None:
         return e.dead
-    return e.dead if e.mean_rate is not None and e.bound <= t.silent_rate * e.mean_rate else None
+    if e.mean_rate is None or not 0 < e.bound < math.inf:
+        return 0.0
+    null = silent_null(3 / e.bound * e.mean_rate)
+    return max(0.0, (e.dead - null) / (1 - null)) if null < 1 else 0.0
 
 
 def _dead_words(e: Evidence) -> str:
@@ -91,7 +112,7 @@ def _dead_words(e: Evidence) -> str:
         return f"{e.dead:.1%} of the latents are dead"
     if e.bound is None:
         return f"{e.dead:.1%} of the latents are dead (as reported: budget unknown)"
-    return f"{e.dead:.1%} of the latents never fired, each at a rate below {e.bound:.2g}, while the mean is {e.mean_rate:.2g}"
+    return f"{e.dead:.1%} of the latents never fired in {3 / e.bound:,.0f} effective tokens, where {silent_null(3 / e.bound * (e.mean_rate or 0)):.1%} would be natural"
 
 
 def excellent(e: Evidence, t: VerdictConfig) -> str | None:
@@ -104,12 +125,12 @@ def excellent(e: Evidence, t: VerdictConfig) -> str | None:
 
 
 def _mostly_dead(e: Evidence, t: VerdictConfig) -> str | None:
-    dead = proven_dead(e, t)
+    dead = proven_dead(e)
     return _dead_words(e) if dead is not None and dead >= t.dead_mostly else None
 
 
 def _half_dead(e: Evidence, t: VerdictConfig) -> str | None:
-    dead = proven_dead(e, t)
+    dead = proven_dead(e)
     if dead is None or dead < t.dead_half or excellent(e, t):
         return None
     return f"{_dead_words(e)}, and reconstruction does not make up for it"
@@ -126,15 +147,15 @@ def _redundant(e: Evidence, t: VerdictConfig) -> str | None:
 
 
 def _wasted(e: Evidence, t: VerdictConfig) -> str | None:
-    dead, good = proven_dead(e, t), excellent(e, t)
+    dead, good = proven_dead(e), excellent(e, t)
     return f"{good}, and {_dead_words(e)}" if good and dead is not None and dead >= t.dead_wasted else None
 
 
 def _template(e: Evidence, t: VerdictConfig) -> str | None:
-    if e.recovered is not None and e.recovered_out is not None and e.recovered - e.recovered_out >= t.crater_loss and excellent(e, t):
+    if e.recovered is not None and e.recovered_out is not None and e.recovered - e.recovered_out >= t.crater and excellent(e, t):
         return f"{e.recovered:.1%} of the cross-entropy is recovered in sample, {e.recovered_out:.1%} on {e.outside}"
     known = None not in (e.fvu, e.fvu_out, e.fvu_random, e.fvu_random_out)
-    if known and e.fvu < t.crater * e.fvu_random and e.fvu_out >= t.crater * e.fvu_random_out:
+    if known and e.fvu <= t.template_inside * e.fvu_random and e.fvu_out >= t.template_outside * e.fvu_random_out:
         return f"FVU {e.fvu:.3g} in sample and {e.fvu_out:.3g} on {e.outside}, where random directions score {e.fvu_random_out:.3g}"
     return None
 
@@ -144,11 +165,11 @@ RULES: tuple[Rule, ...] = (
     Rule("dead", "dead", "dead share ≥ dead_mostly", _mostly_dead, CAPACITY),
     Rule("explains nothing", "collapsed", "FVU ≥ collapsed_fvu, or CE recovered ≤ collapsed_recovered", _explains_nothing, PLUMBING),
     Rule("half dead", "dead", "dead share ≥ dead_half, and reconstruction is not excellent", _half_dead, CAPACITY),
-    Rule("no better than random", "collapsed", "FVU ≥ random_share × FVU of random directions", _no_better_than_random, PLUMBING),
     Rule("duplicates", "duplicated", "near-duplicates ≥ duplicate_share", _duplicates, COPIES),
     Rule("redundant", "duplicated", "(redundancy - null) / (1 - null) ≥ redundancy_excess", _redundant, COPIES),
+    Rule("no better than random", "collapsed", "FVU ≥ random_share × FVU of random directions", _no_better_than_random, PLUMBING),
     Rule("wasted", "deceptively good", "reconstruction is excellent, and dead share ≥ dead_wasted", _wasted, CAPACITY),
-    Rule("template", "deceptively good", "far better than random directions in sample, not out of sample", _template, DOMAIN),
+    Rule("template", "deceptively good", "FVU ≤ template_inside × random in sample, ≥ template_outside × random out of sample; or CE recovered falls by crater", _template, DOMAIN),
 )
 """In order of precedence; the first that applies decides. Thresholds are the fields of `VerdictConfig`."""
 
@@ -193,7 +214,7 @@ def _doubts(e: Evidence, t: VerdictConfig) -> list[tuple[str, str]]:
     if e.fvu is None and e.recovered is None:
         found.append(("reconstruction was not measured", "evaluate: [{uses: native/core}]"))
     elif e.fvu is not None and e.fvu_random is not None:
-        if e.fvu > t.excellent_random * e.fvu_random and (e.recovered is None or e.recovered < t.excellent_recovered):
+        if e.fvu > t.adequate_random * e.fvu_random and (e.recovered is None or e.recovered < t.excellent_recovered):
             found.append((f"FVU {e.fvu:.3g} is not clearly better than random directions ({e.fvu_random:.3g})", "more training tokens, or a larger k"))
     elif e.recovered is None or e.recovered < t.excellent_recovered:
         found.append((f"reconstruction is moderate ({e.recovered:.1%} recovered), and no baseline was measured beside it" if e.recovered is not None
@@ -203,9 +224,8 @@ def _doubts(e: Evidence, t: VerdictConfig) -> list[tuple[str, str]]:
     elif e.bound is None and not e.dead_decided:
         found.append((f"{e.dead:.1%} dead, budget unknown", "measure deadness by token budget: native/core"))
     elif e.dead > t.dead_fine:
-        dead = proven_dead(e, t)
-        words = f"{_dead_words(e)}: more than {t.dead_fine:.0%}" if dead is not None else f"{e.dead:.1%} of the latents were silent, too few tokens to call them dead"
-        found.append((words, "more evaluation tokens" if dead is None else CAPACITY[1]))
+        few = proven_dead(e) <= t.dead_fine
+        found.append((f"{_dead_words(e)}: {'too few tokens to tell' if few else 'much of it is unused'}", "more evaluation tokens" if few else CAPACITY[1]))
     if e.redundancy is None or e.redundancy_null is None:
         found.append(("redundancy was not measured" if e.redundancy is None else f"redundancy {e.redundancy:.3f}, null not measured", "evaluate: [{uses: native/health}]"))
     elif e.excess > t.redundancy_fine:
