@@ -133,6 +133,8 @@ def splice_back(site: str, x_ND: Tensor, tokens_BT: Tensor, model: ModelHandle) 
     """(name, status, detail, fix): putting the rows back in their place changes no logit, and putting zeros there does."""
     name = "splicing back"
     clean_BTV = taps.logits(model.hf, tokens_BT).float()
+    if not bool(clean_BTV.isfinite().all()):
+        return name, "warning", "the unchanged model's own logits hold NaN or infinite numbers: nothing can be compared", "model.dtype, and the model's weights"
     tap = Site.parse(site).tap(model.shape)
 
     def put_back(y_BTD: Tensor) -> Tensor:
