@@ -146,7 +146,8 @@ class SAELensConfig:
 
     def cautions(self, job: Job) -> Iterator[str]:
         """What a user of these settings would not know."""
-        yield "SAELens clips every gradient to norm 1 (fixed in its code), whatever the loss's scale: extract.normalize: sqrt_d keeps it comparable"
+        if job.normalize == "none" and self.normalize_activations == "none":
+            yield "SAELens clips every gradient to norm 1 (fixed in its code), in the units of the rows: extract.normalize: sqrt_d makes that mean the same at every site"
         for name in ("l1_warm_up_steps", "l0_warm_up_steps"):
             if getattr(self, name, 0) > job.steps:
                 yield f"{name} is {getattr(self, name)}, the run has {job.steps} steps: the sparsity coefficient never reaches its full value"

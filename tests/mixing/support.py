@@ -133,7 +133,8 @@ def cell(rows: list[dict], subject: str) -> Cell:
     """What an evaluator's rows say of one SAE: some values make it `ran`; none and a reason make it `refused`."""
     own = [row for row in rows if subject in row["subjects"]]
     assert own, f"no row about {subject}, not even one that says why not"
-    measured = sum(row["status"] == "ok" and row["dataset"] is not None or row["status"] == "ok" and len(own) == sum(r["dataset"] is None for r in own) for row in own)
+    on_data = [row for row in own if row["dataset"] is not None]  # what is said of the weights alone holds for any SAE
+    measured = sum(row["status"] == "ok" for row in on_data or own)
     if measured:
         return Cell(RAN, measured)
     reasons = list(dict.fromkeys(row["reason"] for row in own if row["status"] != "ok" and row["reason"]))
