@@ -40,11 +40,24 @@ class Trainee:
         self.batcher = Batcher(self.job.batch)
         self.metrics: dict[str, float] = {}
         self.error: SaehubError | None = None
+        if self.job.init_from is not None:
+            self.job = replace(self.job, init_from=self._start(self.job.init_from))
         registered = context.plan.catalog.find("trainer", stage.component)
         trainer = context.components.make(registered, stage.spec["config"])
         self.session = trainer.open(self.job, self._calibration(stream))
         self.remote = isinstance(self.session, Remote)
         self._restore()
+
+    def _start(self, path: str) -> str:
+        """The checkpoint to start from, in the units of the rows that the trainer will see: a checkpoint is in the model's, the rows are scaled."""
+        from saehub.checkpoint.format import save
+        from saehub.checkpoint.load import load
+
+        if (self.scale_in, self.scale_out) == (1.0, 1.0):
+            return path
+        folder = self.context.plan.base / "work" / self.stage.key[:20] / "start"
+        save(load(path).scale_input(1 / self.scale_in, 1 / self.scale_out), folder, overwrite=True)
+        return str(folder)
 
     def _calibration(self, stream: BlockStream) -> CalibrationRows:
         job, n = self.job, self.context.plan.recipe.extract.calibration
