@@ -86,6 +86,7 @@ def _sae(stage: Stage, manifest: dict[str, Any]) -> dict[str, Any]:
             "seconds": seconds,
             "rows_per_second": rows / seconds if seconds else None,
             "last_metrics": manifest.get("metrics"),
+            "early": manifest.get("early", []),
         }
     return card
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,8 @@ def open_context(spec: dict[str, Any], *, model: Any = None, extractor: Any = No
     """Build the context from plain data: here, or in the worker that received it.
 
     `spec`: subjects [{id, path, site, target_site}], model (ModelSpec fields or None), datasets {name: folder}, extractor {address, config},
-    seed, device, work_dir, lm_batch; measured (rows of other evaluators as JSON), where the evaluator needs them.
+    seed, device, work_dir, lm_batch; measured (rows of other evaluators as JSON), where the evaluator needs them; rows (how many of
+    each dataset are read; all without it).
     """
     from saehub.checkpoint.format import load, read_header, tensors_hash
     from saehub.data.tokens import TokenDataset
@@ -41,7 +43,11 @@ def open_context(spec: dict[str, Any], *, model: Any = None, extractor: Any = No
     def rows(dataset: EvalDataset, sites: Sequence[str]) -> Iterator[Rows]:
         session = _extractor(spec, extractor).open(model, dataset.tokens, list(sites), lm_batch=spec["lm_batch"])
         try:
+            left = spec.get("rows") or math.inf  # a look during training reads the first rows only
             for batch in range(session.n_batches):
+                if left <= 0:
+                    break
+                left -= session.kept(batch)
                 yield session.rows(batch)
         finally:
             session.close()

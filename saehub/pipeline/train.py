@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from saehub.api import CalibrationRows, Job
 from saehub.errors import Interrupted, SaehubError, StageFailed
 from saehub.pipeline.cautions import inexact_resume
 from saehub.pipeline.components import Remote, optional
+from saehub.pipeline.early import early_look
 from saehub.pipeline.resume import State, drop_states, load_state, save_state
 from saehub.seeds import derive
 
@@ -44,9 +46,12 @@ class Trainee:
             self.job = replace(self.job, init_from=self._start(self.job.init_from))
         registered = context.plan.catalog.find("trainer", stage.component)
         trainer = context.components.make(registered, stage.spec["config"])
-        self.session = trainer.open(self.job, self._calibration(stream))
+        self.open = partial(trainer.open, self.job, self._calibration(stream))
+        """A fresh session of this job."""
+        self.session = self.open()
         self.remote = isinstance(self.session, Remote)
         self._restore()
+        self.early = early_look(self)
 
     def _start(self, path: str) -> str:
         """The checkpoint to start from, in the units of the rows that the trainer will see: a checkpoint is in the model's, the rows are scaled."""
@@ -197,7 +202,10 @@ def _feed(trainee: Trainee, block: Any, context: Context) -> None:
     offset = max(0, trainee.next_row - first)
     wanted = [site for site in (trainee.job.site, trainee.job.target_site) if site]
     try:
-        trainee.feed({site: block.acts[site][offset:] for site in wanted}, context.stop)
+        rows = {site: block.acts[site][offset:] for site in wanted}
+        if trainee.early is not None:
+            rows = _feed_to_looks(trainee, rows, context)
+        trainee.feed(rows, context.stop)
         trainee.save()
     except SaehubError as error:
         trainee.error = error
@@ -208,6 +216,20 @@ def _feed(trainee: Trainee, block: Any, context: Context) -> None:
         trainee.error = stage_error(trainee.stage, error)
         trainee.error.__cause__ = error
         failed(context, trainee.stage, trainee.error)
+
+
+def _feed_to_looks(trainee: Trainee, rows: dict[str, Tensor], context: Context) -> dict[str, Tensor]:
+    """Train up to each look that falls into these rows and take it; returns the rows that are left."""
+    trainee.early.refuse()
+    while (due := trainee.early.next_step()) is not None and not context.stop.is_set():
+        needed = due * trainee.job.batch - trainee.next_row
+        if needed > len(next(iter(rows.values()))):
+            break
+        trainee.feed({site: x_ND[:needed] for site, x_ND in rows.items()}, context.stop)
+        rows = {site: x_ND[needed:] for site, x_ND in rows.items()}
+        if trainee.step == due:  # else stopped on the way
+            trainee.early.take()
+    return rows
 
 
 def failed(context: Context, stage: Stage, error: SaehubError) -> None:
@@ -238,6 +260,7 @@ def _finish(context: Context, trainee: Trainee, stream: BlockStream, elapsed: fl
     target_ND = rows.acts[job.target_site] if job.target_site else None
     probe = make_probe(sae, rows.acts[job.site], rows.token_ids_N, rows.positions_N, rows.contexts_NT, target_ND=target_ND)
     manifest = context.manifest(stage, metrics=trainee.metrics, seconds=elapsed, rows=trainee.step * job.batch, job=asdict(job), cautions=learnt)
+    manifest["early"] = trainee.early.taken if trainee.early else []
     with plan.store.create("train", stage.key, manifest) as folder:
         save(sae, folder / "checkpoint", probe=probe)
     drop_states(trainee.folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Lt
 
 from saehub.api import ModelShape, ModelSpec
 
@@ -167,6 +167,20 @@ class TrainEntry:
 
 
 @dataclass(frozen=True)
+class Early:
+    """A look at each SAE while it is trained, by the recipe's judge (an evaluator such as `native/verdict`), on the evaluation datasets."""
+
+    __pydantic_config__ = _CONFIG
+
+    at: tuple[Annotated[float, Gt(0), Lt(1)], ...] = (0.1,)
+    """Shares of the training rows after which to look; `[]` for never."""
+    tokens: Annotated[int, Gt(0)] = 8_192
+    """Rows of each evaluation dataset that are read for it."""
+    stop_doomed: bool = False
+    """Stop a job whose verdict is one that more training does not mend; its state is kept."""
+
+
+@dataclass(frozen=True)
 class SaeEntry:
     """A finished SAE to evaluate or export beside the trained ones."""
 
@@ -216,6 +230,8 @@ class Recipe:
     """Activations."""
     train: tuple[TrainEntry, ...] = ()
     """SAEs to train, all on the same stream."""
+    early: Early = field(default_factory=Early)
+    """The verdict during training."""
     saes: tuple[SaeEntry, ...] = ()
     """Finished SAEs."""
     evaluate: tuple[UseEntry, ...] = ()

@@ -54,6 +54,7 @@ class VerdictEvaluator:
             "flags": list(judgement.flags),
             "next": list(judgement.next),
             "rule": judgement.rule,
+            "doomed": judgement.doomed,
             "evidence": evidence_table(evidence),
         }
         words = "; ".join(judgement.reasons) + (f" [{', '.join(judgement.flags)}]" if judgement.flags else "")

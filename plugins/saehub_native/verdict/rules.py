@@ -39,6 +39,8 @@ class Rule:
     """The reason with its numbers, where the condition holds."""
     next: tuple[str, ...]
     """What to check."""
+    doomed: bool = False
+    """Whether more training does not mend it: said of the faults that the zoo shows at 10 % of the rows and at the end alike."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ class Judgement:
     next: tuple[str, ...]
     rule: str
     """Id of the rule that decided."""
+    doomed: bool
+    """Whether more training would not mend it."""
     score: float | None
     """Capacity put to use (`saehub.verdict_score/1`): orders a sweep."""
 
@@ -161,11 +165,11 @@ def _template(e: Evidence, t: VerdictConfig) -> str | None:
 
 
 RULES: tuple[Rule, ...] = (
-    Rule("not finite", "collapsed", "a weight or a row is NaN or infinite", _not_finite, PLUMBING),
-    Rule("dead", "dead", "dead share ≥ dead_mostly", _mostly_dead, CAPACITY),
-    Rule("explains nothing", "collapsed", "FVU ≥ collapsed_fvu, or CE recovered ≤ collapsed_recovered", _explains_nothing, PLUMBING),
+    Rule("not finite", "collapsed", "a weight or a row is NaN or infinite", _not_finite, PLUMBING, doomed=True),
+    Rule("dead", "dead", "dead share ≥ dead_mostly", _mostly_dead, CAPACITY, doomed=True),
+    Rule("explains nothing", "collapsed", "FVU ≥ collapsed_fvu, or CE recovered ≤ collapsed_recovered", _explains_nothing, PLUMBING, doomed=True),
     Rule("half dead", "dead", "dead share ≥ dead_half, and reconstruction is not excellent", _half_dead, CAPACITY),
-    Rule("duplicates", "duplicated", "near-duplicates ≥ duplicate_share", _duplicates, COPIES),
+    Rule("duplicates", "duplicated", "near-duplicates ≥ duplicate_share", _duplicates, COPIES, doomed=True),
     Rule("redundant", "duplicated", "(redundancy - null) / (1 - null) ≥ redundancy_excess", _redundant, COPIES),
     Rule("no better than random", "collapsed", "FVU ≥ random_share × FVU of random directions", _no_better_than_random, PLUMBING),
     Rule("wasted", "deceptively good", "reconstruction is excellent, and dead share ≥ dead_wasted", _wasted, CAPACITY),
@@ -184,11 +188,11 @@ def judge(e: Evidence, t: VerdictConfig | None = None) -> Judgement:
         rule = hits[0][0]
         same = [reason for other, reason in hits if other.verdict == rule.verdict]
         also = [f"also: {reason}" for other, reason in hits if other.verdict != rule.verdict and rule.verdict != "collapsed"]
-        return Judgement(rule.verdict, tuple(dict.fromkeys([*same, *also])), flags, rule.next, rule.id, score)
+        return Judgement(rule.verdict, tuple(dict.fromkeys([*same, *also])), flags, rule.next, rule.id, rule.doomed, score)
     doubts = _doubts(e, t)
     if doubts:
-        return Judgement("undecided", tuple(reason for reason, _ in doubts), flags, tuple(dict.fromkeys(fix for _, fix in doubts)), "doubts", score)
-    return Judgement("good", (_praise(e),), flags, (), "nothing speaks against it", score)
+        return Judgement("undecided", tuple(reason for reason, _ in doubts), flags, tuple(dict.fromkeys(fix for _, fix in doubts)), "doubts", False, score)
+    return Judgement("good", (_praise(e),), flags, (), "nothing speaks against it", False, score)
 
 
 def _flags(e: Evidence) -> list[str]:
