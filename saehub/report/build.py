@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from saehub.jsonio import write_text_atomic
-from saehub.report import card, definitions, numbers, svg, table
+from saehub.report import card, definitions, numbers, pictures, table, verdicts
 from saehub.report.run_folder import RunFolder
 from saehub.report.text import clean
 
 TEMPLATES = Path(__file__).parent / "templates"
-CURVES = (
-    ("loss", "training loss", {}),
-    ("fvu", "FVU of the batch", {"zero": True}),
-    ("l0", "L0 of the batch", {"zero": True, "log": False}),
-    ("dead", "dead latents", {"y_text": numbers.percent, "zero": True, "log": False}),
-    ("lr", "learning rate", {"zero": True, "log": False}),
-)
-"""(metric of the event stream, title, how it is drawn)."""
+VERDICT_STYLE = {"good": "good", **dict.fromkeys(("dead", "duplicated", "collapsed", "collapsed/noisy"), "bad")}
+"""Colour of a verdict's word; any other is neither good nor bad."""
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -71,9 +65,21 @@ def page(run: RunFolder) -> dict[str, Any]:
         "errors": [error.get("what") for error in run.card.get("errors") or []],
         "overview": overview(groups),
         "tables": [result_table(group) for group in groups],
-        "curves": [Curve(title, Markup(picture)) for title, picture in curves(run)],
-        "legend": legend(run),
-        "densities": [Curve(title, Markup(picture), text, names) for title, picture, text, names in densities(run)],
+        "judgements": judgements(run),
+        "curves": shown(pictures.curves(run)),
+        "legend": pictures.legend(run),
+        "galleries": [
+            (title, words, shown(found))
+            for title, words, found in (
+                ("Sparsity against fidelity", "SAEs of one trainer and width form a curve; only at the same L0 can two of them be compared.", pictures.pareto(run)),
+                ("Layer by layer", "Values in sample; each point is one SAE.", pictures.layers(run)),
+                ("Feature density", "How often latents fire: counts of latents by the share of tokens on which they are not zero.", pictures.densities(run)),
+                ("Deadness", "A latent that has not fired yet is dead only if the tokens read suffice to say so.", pictures.silence(run)),
+                ("Redundancy", "", pictures.redundancy(run)),
+            )
+            if found
+        ],
+        "stability": (*pictures.stability_rows(run.measurements), shown(pictures.stability(run))),
         "sections": card.by_section(card.facts(run)),
         "not_measured": card.not_measured(run),
         "limits": card.limits(run),
@@ -85,16 +91,6 @@ def page(run: RunFolder) -> dict[str, Any]:
         ],
         "definitions": definitions.texts(run.measurements),
     }
-
-
-@dataclass(frozen=True)
-class Curve:
-    """One picture with its heading."""
-
-    title: str
-    svg: Any
-    text: str = ""
-    names: list[tuple[str, int]] = field(default_factory=list)
 
 
 # ---------------------------------------------------------------- results
@@ -154,72 +150,23 @@ def _tooltip(cell: table.Cell) -> str:
     return cell.reason or ""
 
 
-# ---------------------------------------------------------------- pictures
+def judgements(run: RunFolder) -> dict[str, Any]:
+    """What stands on top: each SAE's verdict with its reasons, and the layer table where there are several SAEs."""
+    said = verdicts.verdicts(run.measurements)
+    lines = verdicts.layer_table(run.measurements) if said and len(said) > 1 else []
+    return {
+        "said": [(one, VERDICT_STYLE.get(one.word, "open")) for one in said],
+        "head": verdicts.COLUMNS,
+        "lines": lines,
+        "dataset": verdicts.dataset_of(run.measurements),
+    }
 
 
-def trainings(run: RunFolder) -> dict[str, list[tuple[float, dict[str, float]]]]:
-    """Stage -> [(rows, metrics)] from the event stream; what a resumed training did again replaces what it had done."""
-    found: dict[str, list[tuple[float, dict[str, float]]]] = {}
-    for event in run.events:
-        metrics = event.data.get("metrics")
-        if event.kind != "progress" or not metrics or not event.stage:
-            continue
-        at = event.data.get("rows") or event.data.get("done") or 0
-        points = found.setdefault(event.stage, [])
-        while points and points[-1][0] >= at:
-            points.pop()
-        points.append((at, metrics))
-    return {stage: points for stage, points in found.items() if points}
+def shown(found: list[pictures.Picture]) -> list[pictures.Picture]:
+    """With markup that the template leaves as it is."""
+    from markupsafe import Markup
 
-
-def curves(run: RunFolder) -> list[tuple[str, str]]:
-    """(title, SVG) of every metric that was told during training."""
-    found = []
-    stages = trainings(run)
-    for name, title, looks in CURVES:
-        series = [svg.Series(_short(stage), *_column(points, name), i) for i, (stage, points) in enumerate(stages.items())]
-        picture = svg.lines([one for one in series if one.x], title=f"{title} during training", x_label="tokens trained on", **looks)
-        if picture:
-            found.append((title, picture))
-    return found
-
-
-def _column(points: list[tuple[float, dict[str, float]]], name: str) -> tuple[list[float], list[float]]:
-    pairs = [(at, metrics[name]) for at, metrics in points if metrics.get(name) is not None]
-    return [x for x, _ in pairs], [y for _, y in pairs]
-
-
-def legend(run: RunFolder) -> list[tuple[str, int]]:
-    """(name, colour) of each training, where there are several."""
-    names = [_short(stage) for stage in trainings(run)]
-    return [(name, i % 6) for i, name in enumerate(names)] if len(names) > 1 else []
-
-
-def _short(stage: str) -> str:
-    return stage.removeprefix("train/")
-
-
-def densities(run: RunFolder) -> list[tuple[str, str, str, list[tuple[str, int]]]]:
-    """(SAE, SVG, what never fired, legend) from measurements that keep a histogram of log10 firing rates in their parts."""
-    by_sae: dict[tuple[str, ...], list[tuple[str | None, dict]]] = {}
-    for row in run.measurements:
-        for part in (row.parts, *(part for part in row.parts.values() if isinstance(part, dict))):
-            if isinstance(part.get("log10_edges"), list) and isinstance(part.get("counts"), list):
-                by_sae.setdefault(row.subjects, []).append((row.dataset, part))
-                break
-    found = []
-    for subjects, parts in by_sae.items():
-        order = sorted(parts, key=lambda item: table.FIRST.index(item[0]) if item[0] in table.FIRST else len(table.FIRST))
-        series = [svg.Series(table.dataset_label(name), part["log10_edges"], part["counts"], i) for i, (name, part) in enumerate(order)]
-        picture = svg.histogram(series, title=f"firing rates of {' + '.join(subjects)}", x_label="share of tokens on which a latent fires")
-        silent = [
-            f"{numbers.count(part['never_fired'])} of {numbers.count(part.get('latents'))} never fired ({table.dataset_label(name)})"
-            for name, part in order
-            if part.get("never_fired") is not None
-        ]
-        if picture or silent:
-            found.append((" + ".join(subjects), picture, "; ".join(silent), [(one.name, one.colour % 6) for one in series]))
-    return found
+    return [replace(one, svg=Markup(one.svg)) for one in found]
 
 
 def _saved(run: RunFolder, name: str) -> str:

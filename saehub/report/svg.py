@@ -25,6 +25,10 @@ class Series:
     y: Sequence[float]
     colour: int
     """Index into the page's palette."""
+    labels: Sequence[str] = ()
+    """A name for each point, where points are told apart."""
+    joined: bool = True
+    """Whether a line goes through the points."""
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
@@ -108,6 +112,47 @@ def lines(
         )
         end = "polyline" if len(one.x) > 1 else "circle"
         parts.append(f"{shape}<title>{_safe(one.name)}: {_safe(y_text(one.y[-1]))} at the end</title></{end}>")
+    return _svg(title, parts)
+
+
+def points(
+    series: Sequence[Series],
+    *,
+    title: str,
+    x_label: str,
+    x_text: Callable[[float], str] = numbers.short,
+    y_text: Callable[[float], str] = lambda y: f"{y:.3g}",
+    x_marks: Sequence[float] | None = None,
+    low: float | None = None,
+) -> str:
+    """Dots with a name each, joined by a line where a series says so; both axes linear. `low` is the least value on the y axis."""
+    kept = []
+    for one in series:
+        names = one.labels or [one.name] * len(one.x)
+        found = [(x, y, name) for x, y, name in zip(one.x, one.y, names, strict=True) if y is not None and math.isfinite(y) and math.isfinite(x)]
+        if found:
+            kept.append((one, sorted(found, key=lambda item: item[0])))
+    if not kept:
+        return ""
+    xs, ys = [x for _, found in kept for x, _, _ in found], [y for _, found in kept for _, y, _ in found]
+    pad_x = 0.06 * (max(xs) - min(xs)) or 0.1 * abs(xs[0]) or 1.0
+    pad_y = 0.08 * (max(ys) - min(ys)) or 0.1 * abs(ys[0]) or 1.0
+    bottom = min(ys) - pad_y
+    if low is not None:
+        bottom = min(low, min(ys))
+    elif min(ys) >= 0:
+        bottom = max(bottom, 0.0)
+    frame = _Frame(min(xs) - pad_x, max(xs) + pad_x, bottom, max(ys) + pad_y, False)
+    parts = [_axes(frame, ticks(frame.low_x, frame.high_x) if x_marks is None else x_marks, ticks(frame.low_y, frame.high_y), x_text, y_text, x_label)]
+    for one, found in kept:
+        style = f"s{one.colour % 6}"
+        if one.joined and len(found) > 1:
+            parts.append(f'<polyline class="line {style}" points="{" ".join(f"{frame.x(x)},{frame.y(y)}" for x, y, _ in found)}"/>')
+        for x, y, name in found:
+            parts.append(
+                f'<circle class="dot {style}" cx="{frame.x(x)}" cy="{frame.y(y)}" r="3.5">'
+                f"<title>{_safe(name)}: {_safe(y_text(y))} at {_safe(x_text(x))}</title></circle>"
+            )
     return _svg(title, parts)
 
 

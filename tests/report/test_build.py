@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from saehub.report import build, card
+from saehub.report import build, card, pictures
 from saehub.report.run_folder import RunFolder
 
 pytestmark = pytest.mark.quick
@@ -77,13 +77,16 @@ def test_every_measurement_is_in_the_results_table(fake_run, page):
 
 
 def test_curves_and_histograms(page):
-    pictures = [element for element in parse(page).iter("{http://www.w3.org/2000/svg}svg")]
-    labels = [picture.get("aria-label") for picture in pictures]
-    assert labels == [f"{title} during training" for _, title, _ in build.CURVES] + [
+    drawn = [element for element in parse(page).iter("{http://www.w3.org/2000/svg}svg")]
+    labels = [picture.get("aria-label") for picture in drawn]
+    assert labels == [
+        *(f"{title} during training" for _, title, _ in pictures.CURVES),
+        "FVU against L0 at resid_post.2",
+        "CE recovered (zero-ablation) against L0 at resid_post.2",
         "firing rates of native-k32",
         "firing rates of native-k64",
     ]
-    lines = list(pictures[1].iter("{http://www.w3.org/2000/svg}polyline"))
+    lines = list(drawn[1].iter("{http://www.w3.org/2000/svg}polyline"))
     assert len(lines) == 2
     assert "17 of 1,280 never fired (in-sample)" in page
 
@@ -95,7 +98,7 @@ def test_a_resumed_training_is_drawn_once(fake_run, tmp_path):
     progress = [event for event in events if event["kind"] == "progress"]
     told = progress[:60] + [events[0]] + progress[40:]
     (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in told))
-    points = build.trainings(RunFolder(run))["train/native-k32"]
+    points = pictures.trainings(RunFolder(run))["train/native-k32"]
     assert [at for at, _ in points] == [event["data"]["rows"] for event in progress]
 
 
