@@ -8,6 +8,8 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "SAE": ("saehub.checkpoint.sae", "SAE"),
+    "SAEConfig": ("saehub.checkpoint.config", "SAEConfig"),
+    "TensorSpec": ("saehub.checkpoint.sae", "TensorSpec"),
     "Site": ("saehub.sites", "Site"),
     "load": ("saehub.checkpoint.load", "load"),
     "save": ("saehub.checkpoint.format", "save"),
@@ -18,17 +20,20 @@ _LAZY = {
     "ArchitectureEntry": ("saehub.api", "ArchitectureEntry"),
     "Measurement": ("saehub.api", "Measurement"),
     "SaehubError": ("saehub.errors", "SaehubError"),
+    "UsageError": ("saehub.errors", "UsageError"),
+    "FormatError": ("saehub.errors", "FormatError"),
     "NeedsInput": ("saehub.errors", "NeedsInput"),
 }
 __all__ = ["__version__", *_LAZY]
 
 if TYPE_CHECKING:
     from saehub.api import ArchitectureEntry, Component, Measurement
+    from saehub.checkpoint.config import SAEConfig
     from saehub.checkpoint.convert import convert
     from saehub.checkpoint.format import save
     from saehub.checkpoint.load import load
-    from saehub.checkpoint.sae import SAE
-    from saehub.errors import NeedsInput, SaehubError
+    from saehub.checkpoint.sae import SAE, TensorSpec
+    from saehub.errors import FormatError, NeedsInput, SaehubError, UsageError
     from saehub.hookspecs import hookimpl
     from saehub.pipeline.run import run_recipe as run
     from saehub.sites import Site

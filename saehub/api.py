@@ -30,7 +30,9 @@ class Component:
     target: str
     """`"package.module:Class"`; called as `Class(config)`."""
     config: str | None = None
-    """`"package.config:Dataclass"`, a frozen, torch-free dataclass that validates `with:`; None: the component takes no settings."""
+    """`"package.config:Dataclass"`, a frozen, torch-free dataclass that validates `with:`; None: the component takes no settings.
+
+    A class attribute `EXAMPLE: ClassVar[dict]` holds settings that `saehub plugins check` tries it with, where some have no default."""
     requires: tuple[str, ...] = ()
     """Import names of third-party libraries. Not empty: the component runs in a worker process of its plugin's own."""
     extra: str | None = None
@@ -139,6 +141,9 @@ class Extractor(Protocol):
 
     Its config dataclass may have a torch-free `refusal(site, shape) -> str | None`, used at plan: why it cannot read that site of a model
     with those sizes (`ModelShape`).
+
+    One whose registration does not need `tokens` brings its own rows: its config then has a torch-free `describe() -> dict` with `widths`
+    (site -> d), `rows` (after exclusion) and `hash` (of everything that decides them), which a plan asks for; `lm_batch` counts rows.
     """
 
     def __init__(self, config: Any): ...

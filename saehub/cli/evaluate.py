@@ -45,7 +45,7 @@ def evaluate(
 
     with watcher() as watch:
         result = single.evaluate(
-            checkpoint, evaluator, model=model, data=data, tokens=tokens, with_=dict(map(_setting, settings)), out=out, listeners=(watch,)
+            checkpoint, evaluator, model=model, data=data, tokens=tokens, with_=dict(map(setting, settings)), out=out, listeners=(watch,)
         )
     if as_json:
         out_json({"run_dir": str(result.run_dir), "measurements": result.results})
@@ -57,7 +57,7 @@ def evaluate(
     return STAGE if any(row.status == "failed" for row in result.measurements) else OK
 
 
-def _setting(text: str) -> tuple[str, object]:
+def setting(text: str) -> tuple[str, object]:
     """`k=64` as (`k`, 64), the value read by the rules of a recipe."""
     from saehub.errors import RecipeError, UsageError
     from saehub.recipe.load import load_text

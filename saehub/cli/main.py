@@ -21,7 +21,7 @@ COMMANDS = {
     "inspect": ("saehub.cli.checkpoint:inspect", "Say what a checkpoint is: architecture, shapes, site, provenance."),
     "verify": ("saehub.cli.checkpoint:verify", "Prove that a checkpoint still is what it says."),
     "eval": ("saehub.cli.evaluate:evaluate", "Measure one checkpoint with one evaluator."),
-    "plugins": ("saehub.cli.plugins:plugins", "List the plugins and what they provide."),
+    "plugins": ("saehub.cli.plugins:plugins", "List, check and start plugins."),
     "runs": ("saehub.cli.runs:runs", "List, show, compare and replay runs; clear the store."),
     "doctor": ("saehub.cli.doctor:doctor", "Check this machine, and say what to do next."),
 }

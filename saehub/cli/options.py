@@ -32,10 +32,3 @@ def set_option(command: Command) -> Command:
         multiple=True,
         help="Change one setting of the recipe (repeatable), such as train.native-k32.with.k=64.",
     )(command)
-
-
-def not_yet(what: str, instead: str) -> Exception:
-    """The honest answer to what is in the design and in no component: exit code 2."""
-    from saehub.errors import UsageError
-
-    return UsageError(f"{what}: no component does this yet", fix=instead)

@@ -1,4 +1,4 @@
-"""`saehub plugins …`: installed plugins in; what they provide, and what is wrong with them, out."""
+"""`saehub plugins …`: installed plugins in; what they provide, what is wrong with them, and which promises they keep, out."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from pathlib import Path
 import click
 
 from saehub.cli.lazy import Group
-from saehub.cli.options import json_option, not_yet
+from saehub.cli.options import json_option
 from saehub.cli.talk import clean, out_json, say, style
 
 
 @click.group(cls=Group)
 def plugins() -> None:
-    """List the plugins and what they provide."""
+    """List, check and start plugins."""
 
 
 @plugins.command("ls")
@@ -103,21 +103,67 @@ def _provides(row: dict) -> str:
 
 
 @plugins.command("check")
-@click.argument("name")
-def check(name: str) -> None:
-    """Run the conformance suite on a plugin's components (no component does this yet)."""
-    raise not_yet(
-        "plugins check",
-        f"subclass the suites of saehub.testing in the plugin's own tests; `saehub plugins ls --trace` shows whether {name} loads",
-    )
+@click.argument("name", metavar="NAME")
+@click.option("--set", "settings", metavar="COMPONENT.KEY=V", multiple=True, help="A setting to try a component with (repeatable), such as topk.k=4.")
+@click.option("--folder", "folders", metavar="COMPONENT=PATH", multiple=True, help="A published checkpoint for an exporter that only reads (repeatable).")
+@json_option()
+def check(name: str, settings: tuple[str, ...], folders: tuple[str, ...], as_json: bool) -> int:
+    """Run the conformance suites of saehub.testing on every component of an installed plugin."""
+    from saehub.cli import render
+    from saehub.cli.failure import FAILED, OK
+    from saehub.testing.plugin import check_plugin
+
+    reports = []
+    for report in check_plugin(name, _settings(settings), _folders(folders), started=lambda item: say(f"{item.kind} {item.address} …")):
+        reports.append(report)
+        if not as_json:
+            rows = [("ok" if row.ok else "FAIL", row.name, row.detail) for row in report.checks]
+            say(style(report.component, bold=True))
+            render.table(("", "promise", "seen"), rows)
+    if as_json:
+        out_json({"ok": all(report.ok for report in reports), "components": [report.to_json() for report in reports]})
+    broken = [report.component for report in reports if not report.ok]
+    say(f"{len(reports)} components, " + (f"{len(broken)} break a promise: {', '.join(broken)}" if broken else "every promise kept"))
+    return FAILED if broken else OK
+
+
+def _settings(texts: tuple[str, ...]) -> dict[str, dict]:
+    """`topk.k=4` as {"topk": {"k": 4}}; a component may be an address, `native/topk.k=4`."""
+    from saehub.cli.evaluate import setting
+    from saehub.errors import UsageError
+
+    found: dict[str, dict] = {}
+    for text in texts:
+        path, value = setting(text)
+        component, dot, key = path.partition(".")
+        if not dot or not key:
+            raise UsageError(f"--set {text} names no component", fix="--set COMPONENT.KEY=VALUE, such as topk.k=4")
+        found.setdefault(component, {})[key] = value
+    return found
+
+
+def _folders(texts: tuple[str, ...]) -> dict[str, dict[str, Path]]:
+    from saehub.errors import UsageError
+
+    found: dict[str, dict[str, Path]] = {}
+    for text in texts:
+        component, equals, path = text.partition("=")
+        if not equals or not Path(path).exists():
+            raise UsageError(f"--folder {text}: {path or 'nothing'} does not exist", fix="--folder COMPONENT=PATH, such as openai=checkpoints/6.pt")
+        found.setdefault(component, {})[Path(path).name] = Path(path)
+    return found
 
 
 @plugins.command("new")
 @click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
-def new(directory: Path) -> None:
-    """Start a plugin from the template (no component does this yet)."""
-    raise not_yet(
-        "plugins new",
-        "write a module with @saehub.hookimpl functions and an entry point in the group saehub.plugins;\n"
-        "each docstring in saehub/hookspecs.py is a complete one",
-    )
+@click.option("--name", metavar="NAME", help="Of the distribution, such as saehub-something (default: the folder's).")
+@click.option("--kinds", default="trainer,extractor,evaluator,exporter", show_default=True, metavar="A,B", help="Kinds of components to start with.")
+def new(directory: Path, name: str | None, kinds: str) -> None:
+    """Start a plugin of one's own: a distribution with one working component of each kind, and its tests."""
+    from saehub.cli.skeleton import write_plugin
+
+    written = write_plugin(directory, name or directory.absolute().name, [kind.strip() for kind in kinds.split(",") if kind.strip()])
+    for path in written:
+        click.echo(path)
+    say(f"\nnext: cd {directory} && uv run pytest")
+    say("then replace what is inside; plugins/README.md of saehub is the tutorial")

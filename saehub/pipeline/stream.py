@@ -154,8 +154,10 @@ class HubStream:
             first = int(rows.sequences_N[0])
             width = rows.token_ids_N.shape[0] // (int(rows.sequences_N[-1]) - first + 1)
             contexts = rows.token_ids_N.reshape(-1, width)[(rows.sequences_N[chosen] - first)]
-        pick = lambda column: None if column is None else column[chosen]  # noqa: E731
-        return ProbeRows({site: acts[chosen].float() for site, acts in rows.acts.items()}, pick(rows.token_ids_N), pick(rows.positions_N), contexts)
+        acts = {site: acts[chosen].float() for site, acts in rows.acts.items()}
+        if contexts is None or rows.positions_N is None:  # activations without text: a probe names tokens, positions and contexts, or none of them
+            return ProbeRows(acts, None, None, None)
+        return ProbeRows(acts, rows.token_ids_N[chosen], rows.positions_N[chosen], contexts)
 
 
 def _batches_for(session: Any, rows: int) -> int:

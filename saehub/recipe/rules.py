@@ -259,7 +259,7 @@ class Rules(Places):
         if trains and not sites and (extract is None or not (extract.get("sites") and extract.get("sites").data)):
             self.report(extract or self.root, "no sites to train on", "such as extract: {sites: [resid_post.2]}")
         data, train_data, eval_data = self.root.get("data"), self.data("train"), self.data("eval")
-        if trains and train_data is None:
+        if trains and train_data is None and (extractor is None or "tokens" in extractor.component.needs):
             self.report(data or self.root, "training needs data.train", "such as data: {train: {source: builtin/python-docs, tokens: 1_000_000}}")
         used = [item for item in (extractor if trains else None, *trainers, *evaluators) if item is not None]
         if self.root.get("model") is None or self.root.get("model").data is None:

@@ -190,17 +190,6 @@ def test_wrong_usage_is_code_2_with_a_suggestion(saehub, args, words):
     assert "Traceback" not in said.err and "Usage:" not in said.err
 
 
-@pytest.mark.parametrize(
-    "args",
-    [["plugins", "check", "native"], ["plugins", "new", "x"]],
-    ids=" ".join,
-)
-def test_what_nobody_does_yet_says_so(saehub, args):
-    said = saehub(*args)
-    assert said.code == 2
-    assert "no component does this yet" in said.err and "fix: " in said.err
-
-
 def test_no_arguments_is_help(saehub):
     said = saehub()
     assert "Start here:" in said.out + said.err
