@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import itertools
+import sys
+
 import pytest
 
 from saehub import Component, plugins
@@ -73,3 +77,98 @@ def test_the_real_ones(saehub):
     assert all(row["status"] == "ok" for row in data["plugins"])
     by_address = {item["address"]: item for row in data["plugins"] for item in row["components"]}
     assert set(by_address["saelens/saelens"]["libraries"]) == {"sae-lens"} and by_address["native/topk"]["libraries"] == {}
+
+
+# ---------------------------------------------------------------------- new
+KINDS = ("trainer", "extractor", "evaluator", "exporter")
+SUBSETS = [subset for n in range(1, 5) for subset in itertools.combinations(KINDS, n)]
+
+
+@pytest.mark.parametrize("kinds", SUBSETS, ids=",".join)
+def test_new_registers_the_kinds_that_were_asked_for(saehub, tmp_path, monkeypatch, kinds):
+    name = "fresh-" + "-".join(kinds)
+    said = saehub("plugins", "new", str(tmp_path / "it"), "--name", name, "--kinds", ",".join(kinds))
+    assert said.code == 0 and f"cd {tmp_path / 'it'} && uv run pytest" in said.err
+    files = [tmp_path / "it" / line for line in said.out.splitlines()]
+    assert files and all(path.is_file() for path in files)
+    for path in files:
+        text = path.read_text(encoding="utf-8")
+        assert "only with" not in text and "saehub_example" not in text and "saehub-example" not in text and "example/" not in text
+        if path.suffix == ".py":
+            compile(text, str(path), "exec")
+    monkeypatch.syspath_prepend(str(tmp_path / "it" / "src"))
+    row = PluginRow(name, name, "0")
+    module = name.replace("-", "_")
+    plugins._register(row, lambda: importlib.import_module(module))
+    assert sorted(item.kind for item in row.components) == sorted(kinds)
+    for item in row.components:
+        assert item.load() and (item.load_config() is None or item.load_config()())
+    assert [item.name for item in row.architectures] == ([f"{module}_peak"] if "trainer" in kinds else [])
+    recipes = {recipe for recipe, needed in {"peak": {"trainer"}, "bars": {"trainer", "extractor"}}.items() if needed <= set(kinds)}
+    assert {path.stem for path in row.recipes} == recipes
+    for loaded in [loaded for loaded in sys.modules if loaded.partition(".")[0] == module]:
+        del sys.modules[loaded]
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--name", "Bad Name"], "'Bad Name' cannot name a plugin"),
+        (["--name", "saehub-native"], "an installed plugin is already called 'native'"),
+        (["--name", "fine", "--kinds", "trainr"], "did you mean 'trainer'?"),
+        (["--name", "fine", "--kinds", ","], "no kind of component"),
+    ],
+)
+def test_new_refuses(saehub, tmp_path, args, words):
+    said = saehub("plugins", "new", str(tmp_path / "it"), *args)
+    assert said.code == 2 and words in said.err and "fix: " in said.err
+    assert not (tmp_path / "it").exists()
+
+
+def test_new_overwrites_nothing(saehub, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    said = saehub("plugins", "new", str(tmp_path), "--name", "fine")
+    assert said.code == 2 and "is not an empty folder" in said.err and [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+# ---------------------------------------------------------------------- check
+@pytest.fixture()
+def toys(monkeypatch):
+    """A plugin with a trainer that keeps its promises, and one whose library nobody has."""
+    row = PluginRow("toys", "toys-dist", "1")
+    made = [
+        ("trainer", Component("toy", "saehub.testing.components:ToyTrainer", config="saehub.testing.settings:ToyTrain")),
+        ("evaluator", Component("far", "x:Y", requires=("no_such_library_xyz",), extra="far")),
+    ]
+    row.components = [Registered(kind, component, "toys", "toys-dist", "1") for kind, component in made]
+    broken = PluginRow("bad", "bad-dist", "1", status="broken", error="ImportError: x")
+    for module in ("saehub.plugins", "saehub.testing.conformance", "saehub.testing.plugin"):
+        monkeypatch.setattr(importlib.import_module(module), "catalog", lambda: Catalog([row, broken]))
+
+
+def test_check_prints_every_promise_and_what_could_not_be_tried(saehub, toys):
+    said = saehub("plugins", "check", "toys", "--json")
+    assert said.code == 1 and said.data["ok"] is False
+    toy, far = said.data["components"]
+    assert toy["ok"] and {"save and restore", "finds planted features"} <= {check["name"] for check in toy["checks"]}
+    assert not far["ok"] and "pip install 'toys-dist[far]'" in far["checks"][0]["detail"]
+
+
+def test_check_as_a_table_with_settings_that_do_not_fit(saehub, toys):
+    said = saehub("plugins", "check", "toys-dist", "--set", "toy.k=1000")
+    assert said.code == 1 and "FAIL" in said.out and "toys/toy" in said.out + said.err and "2 break a promise" in said.err
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["toy"], "did you mean 'toys'?"),
+        (["bad"], "ImportError: x"),
+        (["toys", "--set", "ty.k=1"], "did you mean 'toy'?"),
+        (["toys", "--set", "k=1"], "names no component"),
+        (["toys", "--folder", "toy=/no/such"], "does not exist"),
+    ],
+)
+def test_check_refuses(saehub, toys, args, words):
+    said = saehub("plugins", "check", *args)
+    assert said.code == 2 and words in said.err

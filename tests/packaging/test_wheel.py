@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import subprocess
-import sys
-import sysconfig
 import tomllib
 import zipfile
 from pathlib import Path
@@ -20,62 +15,11 @@ PLUGIN_PACKAGES = sorted(path.parent for folder in ("adapters", "plugins") for p
 WEIGHTS = "saehub/builtin/tiny_llama/model.safetensors"
 
 
-def run(command: list[str | Path], **options) -> subprocess.CompletedProcess:
-    """A finished process; its stderr is the message when it failed."""
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300, check=False, **options)
-    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout}\n{done.stderr}"
-    return done
-
-
-def uv() -> str | None:
-    """The uv that runs us, or the one on the path."""
-    return os.environ.get("UV") or shutil.which("uv")
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    """The wheel of this checkout, built as a user would."""
-    out = tmp_path_factory.mktemp("dist")
-    builder = (
-        [uv(), "build", "--wheel", "--quiet", "--out-dir", out, ROOT]
-        if uv()
-        else [sys.executable, "-m", "build", "--wheel", "--outdir", out, ROOT]
-    )
-    run(builder)
-    (built,) = out.glob("*.whl")
-    return built
-
-
 @pytest.fixture(scope="module")
 def contents(wheel) -> dict[str, int]:
     """File name -> size."""
     with zipfile.ZipFile(wheel) as archive:
         return {info.filename: info.file_size for info in archive.infolist()}
-
-
-@pytest.fixture(scope="module")
-def clean(wheel, tmp_path_factory) -> Path:
-    """The bin folder of a new environment that holds the wheel, and sees our dependencies but not our editable install.
-
-    The dependencies' folder is one line of a .pth file: Python adds it to the path, after the environment's own, and does not process the
-    .pth files in it, which is where an editable install points at the checkout.
-    """
-    folder = tmp_path_factory.mktemp("clean") / "env"
-    if uv():
-        run([uv(), "venv", "--quiet", "--python", sys.executable, folder])
-        run([uv(), "pip", "install", "--quiet", "--no-deps", "--python", folder / "bin" / "python", wheel])
-    else:
-        run([sys.executable, "-m", "venv", "--without-pip", folder])
-        run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--prefix", folder, wheel])
-    (site,) = (folder / "lib").glob("python*/site-packages")
-    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    return folder / "bin"
-
-
-def outside(tmp_path: Path) -> dict:
-    """Another working folder, and no variable that could lead back to the checkout."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "SAEHUB_", "VIRTUAL_ENV", "UV_"))}
-    return {"cwd": tmp_path, "env": {**environment, "SAEHUB_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}}
 
 
 # ---------------------------------------------------------------------- what is in it
@@ -151,41 +95,41 @@ def test_metadata(wheel):
 
 
 # ---------------------------------------------------------------------- whether it works
-def test_it_is_the_wheel_that_is_imported(clean, tmp_path):
+def test_it_is_the_wheel_that_is_imported(clean, tmp_path, tools):
     code = "import saehub, saehub_native, saehub_saelens; print(saehub.__file__, saehub_native.__file__, saehub_saelens.__file__)"
-    files = run([clean / "python", "-c", code], **outside(tmp_path)).stdout.split()
+    files = tools.run([clean / "python", "-c", code], **tools.outside(tmp_path)).stdout.split()
     assert len(files) == 3 and all(file.startswith(str(clean.parent)) for file in files)
 
 
-def test_plugins_are_found_in_the_clean_environment(clean, tmp_path):
-    listing = run([clean / "saehub", "plugins", "ls", "--json"], **outside(tmp_path)).stdout
+def test_plugins_are_found_in_the_clean_environment(clean, tmp_path, tools):
+    listing = tools.run([clean / "saehub", "plugins", "ls", "--json"], **tools.outside(tmp_path)).stdout
     assert "native/topk" in listing and "saelens/saelens" in listing
     rows = json.loads(listing)["plugins"]
     assert [row["status"] for row in rows if row["distribution"] == "saehub"] == ["ok"] * len(PLUGIN_PACKAGES)
 
 
-def test_a_recipe_is_planned_from_another_folder(clean, tmp_path):
-    done = run([clean / "saehub", "recipe", "plan", "topk-llama", "--json"], **outside(tmp_path))
+def test_a_recipe_is_planned_from_another_folder(clean, tmp_path, tools):
+    done = tools.run([clean / "saehub", "recipe", "plan", "topk-llama", "--json"], **tools.outside(tmp_path))
     plan = json.loads(done.stdout)["plan"]
     assert {"tokens", "train", "evaluate", "export"} <= {stage["kind"] for stage in plan["stages"]}
     assert not (tmp_path / "home").exists() or not list((tmp_path / "home").rglob("*.safetensors"))
 
 
-def test_the_embedded_model_loads_from_the_wheel(clean, tmp_path):
+def test_the_embedded_model_loads_from_the_wheel(clean, tmp_path, tools):
     code = (
         "from safetensors import safe_open\nfrom saehub.api import ModelSpec\nfrom saehub.data.model import model_dir_or_id, read_shape\n"
         "folder = model_dir_or_id(ModelSpec('builtin/tiny-llama'))\nprint(folder, read_shape('builtin/tiny-llama').family)\n"
         "print(len(safe_open(folder / 'model.safetensors', 'numpy').keys()))"
     )
-    folder, family, tensors = run([clean / "python", "-c", code], **outside(tmp_path)).stdout.split()
+    folder, family, tensors = tools.run([clean / "python", "-c", code], **tools.outside(tmp_path)).stdout.split()
     assert folder.startswith(str(clean.parent)) and family == "llama" and int(tensors) > 30
 
 
-def test_pytest_elsewhere_is_not_disturbed(clean, tmp_path):
+def test_pytest_elsewhere_is_not_disturbed(clean, tmp_path, tools):
     (tmp_path / "test_theirs.py").write_text(
         "import sys\n\ndef test_light():\n    assert not {'torch', 'transformers', 'saehub.plugins', 'saehub.api'} & set(sys.modules)\n"
     )
-    done = run([clean / "python", "-m", "pytest", "-q", "-p", "no:cacheprovider", tmp_path], **outside(tmp_path))
+    done = tools.run([clean / "python", "-m", "pytest", "-q", "-p", "no:cacheprovider", tmp_path], **tools.outside(tmp_path))
     assert "1 passed" in done.stdout
-    listing = run([clean / "python", "-m", "pytest", "--fixtures", "-q", "-p", "no:cacheprovider", tmp_path], **outside(tmp_path)).stdout
+    listing = tools.run([clean / "python", "-m", "pytest", "--fixtures", "-q", "-p", "no:cacheprovider", tmp_path], **tools.outside(tmp_path)).stdout
     assert "saehub_tiny_model" in listing and "saehub_planted" in listing
