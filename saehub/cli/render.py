@@ -224,6 +224,9 @@ def totals(made: Any) -> list[tuple[str, str]]:
         parts = [(name, cost.get(f"{name}_memory")) for name in ("model", "train", "block")]
         shown = " + ".join(f"{numbers.size(n)} {name}" for name, n in parts if n)
         lines.append(("memory", f"about {numbers.size(cost['peak_memory'])} ({shown})"))
+    if len(cost.get("passes") or ()) > 1:
+        counts = " + ".join(str(len(part)) for part in cost["passes"])
+        lines.append(("passes", f"{len(cost['passes'])} ({counts} trainings): about {numbers.size(cost['train_budget'])} is free for training"))
     if cost.get("activation_bytes"):
         kept = {"spool": "on disk while the run lasts", "disk": "kept on disk", "none": "not stored"}.get(
             cost.get("store"), str(cost.get("store"))

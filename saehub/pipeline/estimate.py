@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from saehub.api import Job, ModelShape
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
@@ -39,8 +41,20 @@ def available_memory(device: str) -> int:
 
     if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()):
         return torch.cuda.mem_get_info(device if ":" in device else None)[0]
+    return host_memory()
+
+
+def host_memory() -> int:
+    """Bytes of main memory free for work: what the system says, or less where a control group (a container) limits it. Needs no torch."""
     try:
         pages = {line.split(":")[0]: int(line.split()[1]) for line in open("/proc/meminfo", encoding="ascii") if ":" in line}  # noqa: SIM115
-        return pages["MemAvailable"] * 1024
+        free = pages["MemAvailable"] * 1024
     except (OSError, KeyError):
         return 8_000_000_000
+    try:
+        group = Path("/sys/fs/cgroup")
+        limit, used = int((group / "memory.max").read_text()), int((group / "memory.current").read_text())
+        cache = next(int(line.split()[1]) for line in (group / "memory.stat").read_text().splitlines() if line.startswith("inactive_file "))
+        return max(0, min(free, limit - used + cache))
+    except (OSError, ValueError, StopIteration):  # no group, or no limit ("max")
+        return free

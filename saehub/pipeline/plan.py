@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from saehub.api import Job, ModelShape, ModelSpec
 from saehub.errors import RecipeError, SaehubError
-from saehub.pipeline import estimate, keys
+from saehub.pipeline import estimate, keys, passes
 from saehub.pipeline.cautions import cautions_of, grouped
 from saehub.pipeline.pairs import refusals
 from saehub.pipeline.workspace import Store, free_bytes, home
@@ -490,12 +490,13 @@ class _Planner:
         totals = {
             "bytes_per_token": per_token,
             "activation_bytes": total if trains else 0,
-            "train_memory": sum(stage.detail["memory"] for stage in trains),
             "block_memory": estimate.block_bytes(extract.block, list(self.widths.values()), extract.dtype),
             "model_memory": estimate.model_bytes(self.shape, self.model.dtype) if self.shape and self.model else 0,
             "disk_free": free_bytes(self.base),
         }
         totals |= {"rows": rows, "batches_per_block": self.stream["batches_per_block"], "repeat": self.stream["repeat"], "stream": self.stream["identity"]}
+        totals |= (found := passes.totals(trains, self.model.device if self.model else "auto", totals))
+        self.warnings += passes.warnings(trains, found)
         totals["store"] = self._store_choice(total, totals["disk_free"]) if trains else "none"
         totals["peak_memory"] = totals["train_memory"] + totals["block_memory"] + totals["model_memory"]
         return totals

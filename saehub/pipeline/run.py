@@ -266,19 +266,11 @@ def _groups(plan: Plan) -> list[list[Stage]]:
 
 
 def _passes(plan: Plan, stages: list[Stage]) -> list[list[Stage]]:
-    """Jobs that fit into memory together; half of what the machine has is left to the model, the blocks and others."""
-    from saehub.pipeline.estimate import available_memory
+    """The trainings still to do, pass by pass; finished ones take no memory."""
+    from saehub.pipeline.passes import of_plan
 
-    budget = available_memory(plan.model.device if plan.model else "auto") // 2
-    passes: list[list[Stage]] = [[]]
-    used = 0
-    for stage in stages:
-        if passes[-1] and used + stage.detail["memory"] > budget:
-            passes.append([])
-            used = 0
-        passes[-1].append(stage)
-        used += stage.detail["memory"]
-    return passes
+    done = [stage for stage in stages if plan.store.complete(stage.kind, stage.key)]
+    return [part for part in (done, *of_plan(plan, [stage for stage in stages if stage not in done])) if part]
 
 
 def _cached(context: Context, stage: Stage) -> None:

@@ -18,9 +18,9 @@ from saehub.seeds import derive
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from saehub.activations.blocks import BlockStream
     from saehub.pipeline.context import Context
     from saehub.pipeline.plan import Stage
+    from saehub.pipeline.stream import HubStream
 
 REPORT_SECONDS = 0.5
 REMOTE_STEPS = 32
@@ -30,7 +30,7 @@ PROBE_ROWS = 256
 class Trainee:
     """One job: its session, the rows it has not used yet, and how far it is."""
 
-    def __init__(self, context: Context, stage: Stage, stream: BlockStream, normalize: str):
+    def __init__(self, context: Context, stage: Stage, stream: HubStream, normalize: str):
         from saehub.activations.batches import Batcher
 
         self.context, self.stage = context, stage
@@ -46,7 +46,7 @@ class Trainee:
             self.job = replace(self.job, init_from=self._start(self.job.init_from))
         registered = context.plan.catalog.find("trainer", stage.component)
         trainer = context.components.make(registered, stage.spec["config"])
-        self.open = partial(trainer.open, self.job, self._calibration(stream))
+        self.open = partial(trainer.open, self.job, self._calibration(stream, normalize))
         """A fresh session of this job."""
         self.session = self.open()
         self.remote = isinstance(self.session, Remote)
@@ -64,11 +64,10 @@ class Trainee:
         save(load(path).scale_input(1 / self.scale_in, 1 / self.scale_out), folder, overwrite=True)
         return str(folder)
 
-    def _calibration(self, stream: BlockStream) -> CalibrationRows:
-        job, n = self.job, self.context.plan.recipe.extract.calibration
-        rows = stream.calibration(n)
-        target = rows[job.target_site].float() * self.scale_out if job.target_site else None
-        return CalibrationRows(rows[job.site].float() * self.scale_in, target)
+    def _calibration(self, stream: HubStream, normalize: str) -> CalibrationRows:
+        job = self.job
+        target = stream.scaled_calibration(job.target_site, normalize) if job.target_site else None
+        return CalibrationRows(stream.scaled_calibration(job.site, normalize), target)
 
     def _restore(self) -> None:
         from saehub.pipeline.environment import differences
@@ -237,7 +236,7 @@ def failed(context: Context, stage: Stage, error: SaehubError) -> None:
     context.events("stage_failed", stage.id, error=error.to_json())
 
 
-def _finish(context: Context, trainee: Trainee, stream: BlockStream, elapsed: float) -> None:
+def _finish(context: Context, trainee: Trainee, stream: HubStream, elapsed: float) -> None:
     """Fold the stream's normalisation, attach provenance and the golden probe, and publish the checkpoint."""
     import torch
 
@@ -267,7 +266,7 @@ def _finish(context: Context, trainee: Trainee, stream: BlockStream, elapsed: fl
     context.events("stage_finished", stage.id, seconds=elapsed, metrics=trainee.metrics, path=str(stage.where))
 
 
-def provenance(context: Context, trainee: Trainee, stream: BlockStream) -> dict[str, Any]:
+def provenance(context: Context, trainee: Trainee, stream: HubStream) -> dict[str, Any]:
     """Where a checkpoint comes from: the part of saehub.json that is not mathematics."""
     from saehub.pipeline.keys import plain_config
 

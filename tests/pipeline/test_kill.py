@@ -18,6 +18,8 @@ extract: {sites: [resid_post.0, mlp_out.1], store: none, block: 6_000, lm_batch:
 train:
   - {id: a, uses: native/topk, site: resid_post.0, with: {k: 8, width: 256, batch: 512}}
   - {id: b, uses: native/topk, site: mlp_out.1, with: {k: 4, width: 200, batch: 300}}
+  - {id: c, uses: native/matryoshka_batchtopk, site: resid_post.0, target_site: mlp_out.1, with: {k: 4, width: 128, batch: 512, skip: true}}
+  - {id: d, uses: native/jumprelu, site: mlp_out.1, with: {target_l0: 4, width: 128, batch: 512, resample: 2, optimizer: muon}}
 """
 # (moment, at which call, inside a block?)
 MOMENTS = [
@@ -65,7 +67,7 @@ def test_kill_nine_at_six_moments(tmp_path):
 
     expected, found = results(tmp_path, "straight"), results(tmp_path, "killed")
     checkpoints = {name.split(":")[0] for name in expected if "/checkpoints/" in name}
-    assert len(checkpoints) == 4, "two jobs, each with weights and a golden probe"
+    assert len(checkpoints) == 8, "four jobs, each with weights and a golden probe"
     assert any("state/" in name and "m" in name.split("/")[-1] for name in expected), "the comparison must include optimizer state"
     last = {name for name in expected if "step-" not in name}
     newest = {job: max(n for n in expected if n.startswith(job)).split("/")[1] for job in {n.split("/")[0] for n in expected if "step-" in n}}
@@ -73,7 +75,7 @@ def test_kill_nine_at_six_moments(tmp_path):
     assert last <= set(found), sorted(last - set(found))[:5]
     different = [name for name in last if expected[name] != found[name]]
     assert not different, different
-    headers = [{job: header(tmp_path / home, job) for job in "ab"} for home in ("straight", "killed")]
+    headers = [{job: header(tmp_path / home, job) for job in "abcd"} for home in ("straight", "killed")]
     assert headers[0] == headers[1], "provenance, stream hash included, must not tell the two apart"
 
 
