@@ -4,7 +4,7 @@
     python tests/benchmarks/architectures_quality.py --data gpt2 --only batchtopk
 
 Systems share: the rows and their order, batch, steps, width, the target L0, and rows that are normalised to a mean square of 1 per dimension.
-Peers are the libraries' own training code, through the hub's components, each in a process of its own: at their own defaults, and at the best
+Peers are the libraries' own training code, each library in a process of its own: at their own defaults, and at the best
 learning rate of a small sweep with a decay over the last fifth and a dead-latent window that the run can reach. Warm-ups, which by default are
 longer than the whole run, are 5 % of it for all. FVU is computed here for every system alike, from the finished SAE in float64, on rows that
 none has seen: Σ|x̂−x|² / Σ|x−x̄|². A latent is dead when none of those rows makes it fire. Peers whose L0 is the outcome of a coefficient are tried
@@ -23,8 +23,9 @@ import tempfile
 import time
 from collections.abc import Iterator
 from functools import partial
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "disabled")
@@ -79,6 +80,48 @@ def make_job(rows: Rows, batch: int, seed: int = 0):
     return Job("quality", "resid_post.2", None, d, d, n // batch, batch, n, seed, calibration=8192)
 
 
+class DictionaryLearning:
+    """A trainer of dictionary_learning through its own `update`, on rows as its own loop normalises them; judged like a saehub SAE."""
+
+    CLASSES = {
+        "topk": "top_k:TopKTrainer",
+        "batchtopk": "batch_top_k:BatchTopKTrainer",
+        "matryoshka_batchtopk": "matryoshka_batch_top_k:MatryoshkaBatchTopKTrainer",
+        "jumprelu": "jumprelu:JumpReluTrainer",
+        "standard_april": "standard:StandardTrainerAprilUpdate",
+        "gated": "gdm:GatedSAETrainer",
+    }
+
+    def __init__(self, word: str, job, with_: dict, calibration_ND: torch.Tensor):
+        module, _, name = self.CLASSES[word].partition(":")
+        make = getattr(import_module(f"dictionary_learning.trainers.{module}"), name)
+        settings = {key: value for key, value in with_.items() if key not in ("batch", "width")}
+        self.norm = float(calibration_ND.square().sum(1).mean().sqrt())
+        self.trainer = make(
+            steps=job.steps, activation_dim=job.d_in, dict_size=with_["width"], layer=0, lm_name="none", device="cpu", seed=0, **settings
+        )
+        self.config, self.steps_done = SimpleNamespace(d_sae=with_["width"]), 0
+
+    def step(self, x_BD: torch.Tensor) -> None:
+        """One update."""
+        with torch.enable_grad():
+            self.trainer.update(self.steps_done, x_BD / self.norm)
+        self.steps_done += 1
+
+    def finish(self) -> DictionaryLearning:
+        """In float64, for `judge`."""
+        self.ae = self.trainer.ae.double().eval()
+        return self
+
+    def encode(self, x_ND: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Features."""
+        return self.ae.encode(x_ND.to(dtype) / self.norm)
+
+    def decode(self, acts_NF: torch.Tensor, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The reconstruction in the units of the rows."""
+        return self.ae.decode(acts_NF) * self.norm
+
+
 def children(orders: list[dict]) -> None:
     """The child process: train the components of one library on the rows, judge their SAEs, print one line of JSON each."""
     from saehub.pipeline.local import configured
@@ -88,13 +131,17 @@ def children(orders: list[dict]) -> None:
     torch.set_num_threads(orders[0]["threads"])
     for order in orders:
         rows = Rows(Path(order["folder"]))
-        registered = catalog().find("trainer", order["component"])
-        os.environ.update(dict(registered.component.env))
         job = make_job(rows, order["with"]["batch"])
-        config = configured(registered, make_config(registered, order["with"]))
-        problems = list(config.check(job))
-        assert not problems, (order["component"], problems)
-        session = registered.load()(config).open(job, lambda n, rows=rows: (rows.calibration[:n].clone(), None))
+        plugin, _, word = order["component"].partition("/")
+        if plugin == "dictionary_learning":
+            session = DictionaryLearning(word, job, order["with"], rows.calibration)
+        else:
+            registered = catalog().find("trainer", order["component"])
+            os.environ.update(dict(registered.component.env))
+            config = configured(registered, make_config(registered, order["with"]))
+            problems = list(config.check(job))
+            assert not problems, (order["component"], problems)
+            session = registered.load()(config).open(job, lambda n, rows=rows: (rows.calibration[:n].clone(), None))
         cpu = time.process_time()
         for step in range(job.steps):
             session.step(rows.train[step * job.batch : (step + 1) * job.batch].clone())
@@ -127,7 +174,7 @@ def run_apart(orders: list[dict]) -> Iterator[dict]:
 
 
 # ---------------------------------------------------------------------------------------------------------------- peers
-def saelens(word: str, steps: int, extra: dict, lrs=(1e-3, 4e-3)) -> list[tuple[str, str, dict]]:
+def saelens(word: str, steps: int, extra: dict, lrs=(4e-3, 1.2e-2)) -> list[tuple[str, str, dict]]:
     """SAELens at its default learning rate (3e-4), and at others with a decay and a window that the run can reach."""
     base = {"lr_warm_up_steps": steps // 20, **extra}
     tuned = {"lr_decay_steps": steps // 5, "dead_feature_window": max(8, steps // 32)}
@@ -137,14 +184,14 @@ def saelens(word: str, steps: int, extra: dict, lrs=(1e-3, 4e-3)) -> list[tuple[
     ]
 
 
-def dictionary_learning(word: str, steps: int, extra: dict, lrs=(2e-3, 8e-3)) -> list[tuple[str, str, dict]]:
+def dictionary_learning(word: str, steps: int, extra: dict, lrs=(4e-3, 1.2e-2)) -> list[tuple[str, str, dict]]:
     """dictionary_learning at its default learning rate, and at others with a decay."""
     base = {"warmup_steps": steps // 20, **extra}
     name, l1 = f"dictionary_learning/{word}", f", l1 {extra['l1_penalty']:g}" if "l1_penalty" in extra else ""
     return [(name, f"defaults{l1}", base)] + [(name, f"lr {lr:g}, decay{l1}", {**base, "lr": lr, "decay_start": steps * 4 // 5}) for lr in lrs]
 
 
-def sparsify(word: str, steps: int, extra: dict, lrs=(2e-3, 8e-3)) -> list[tuple[str, str, dict]]:
+def sparsify(word: str, steps: int, extra: dict, lrs=(8e-3, 1.6e-2)) -> list[tuple[str, str, dict]]:
     """Sparsify at its defaults (signum), and with Adam."""
     name = f"sparsify/{word}"
     adam = {"optimizer": "adam", "warmup": steps // 20}
@@ -171,16 +218,16 @@ def peers(steps: int, fixed: dict) -> dict[str, list[tuple[str, str, dict]]]:
         ],
         "relu": [
             run
-            for l1 in (2.0, 5.0)
-            for run in saelens("standard", steps, fixed | {"l1_coefficient": l1, "l1_warm_up_steps": steps // 20}, lrs=(4e-3,))
+            for l1 in (1.3, 2.0)
+            for run in saelens("standard", steps, fixed | {"l1_coefficient": l1, "l1_warm_up_steps": steps // 20}, lrs=(4e-3, 1.2e-2))
         ]
-        + [run for l1 in (0.05, 0.1) for run in dictionary_learning("standard_april", steps, fixed | warm | {"l1_penalty": l1}, lrs=(4e-3,))],
+        + [run for l1 in (0.05, 0.1) for run in dictionary_learning("standard_april", steps, fixed | warm | {"l1_penalty": l1}, lrs=(4e-3, 1.2e-2))],
         "gated": [
             run
-            for l1 in (1.0, 3.0)
-            for run in saelens("gated", steps, fixed | {"l1_coefficient": l1, "l1_warm_up_steps": steps // 20}, lrs=(4e-3,))
+            for l1 in (2.0, 3.0)
+            for run in saelens("gated", steps, fixed | {"l1_coefficient": l1, "l1_warm_up_steps": steps // 20}, lrs=(4e-3, 1.2e-2))
         ]
-        + [run for l1 in (0.03, 0.1) for run in dictionary_learning("gated", steps, fixed | warm | {"l1_penalty": l1}, lrs=(4e-3,))],
+        + [run for l1 in (0.03, 0.1) for run in dictionary_learning("gated", steps, fixed | warm | {"l1_penalty": l1}, lrs=(4e-3, 1.2e-2))],
     }
 
 
@@ -257,9 +304,7 @@ class Bench:
 
     def table(self, name: str) -> str:
         """Everything about one data set."""
-        from saehub.plugins import catalog
-
-        arguments, there = self.arguments, set(catalog().components("trainer"))
+        arguments = self.arguments
         rows = (gpt2_rows if name == "gpt2" else partial(prepare, name))(arguments.rows, arguments.cache)
         d = rows.train.shape[1]
         fixed = {"batch": arguments.batch, "width": arguments.expansion * d}
@@ -268,7 +313,7 @@ class Bench:
         def run(architecture: str, component: str, label: str, with_: dict) -> dict:
             return {"data": name, "architecture": architecture, "component": component, "label": label, "with": with_}
 
-        theirs = {a: [run(a, *entry) for entry in peers(steps, fixed)[a] if entry[0] in there] for a in arguments.only}
+        theirs = {a: [run(a, *entry) for entry in peers(steps, fixed)[a]] for a in arguments.only}
         if arguments.native:
             theirs = {a: [] for a in arguments.only}
         self.do(rows, [entry for entries in theirs.values() for entry in entries])
