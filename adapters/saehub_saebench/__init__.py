@@ -34,6 +34,19 @@ def saehub_evaluators() -> list[Component]:
         ),
         _evaluator("sae_probes", "probes:SaeProbes", "SaeProbesConfig", "k-sparse probes on up to 113 labelled texts that come with it: the most reliable"),
         _evaluator(
+            "sparse_probing", "sparse_probing:SparseProbing", "SparseProbingConfig", "k-sparse probes on SAEBench's eight datasets, or on labelled texts of yours"
+        ),
+        _evaluator("scr", "scr_tpp:Scr", "ScrConfig", "spurious correlation removal (with the published caution)"),
+        _evaluator("tpp", "scr_tpp:Tpp", "TppConfig", "targeted probe perturbation (with the published caution)"),
+        _evaluator("absorption", "absorption:Absorption", "AbsorptionConfig", "first-letter absorption and splitting, for models that can spell"),
+        _evaluator(
+            "autointerp",
+            "autointerp:Autointerp",
+            "AutointerpConfig",
+            "a judge explains latents and sorts examples; needs an OpenAI-compatible address",
+            ("model", "tokens", "sequences"),
+        ),
+        _evaluator(
             "meta_structure",
             "meta_structure:MetaStructure",
             "MetaStructureConfig",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -119,3 +119,240 @@ class SaeProbesConfig:
         from saehub_saebench.definitions import definitions
 
         return definitions("sae_probes")
+
+
+BIOS, AMAZON = "LabHC/bias_in_bios_class_set1", "canrager/amazon_reviews_mcauley_1and5"
+PROBING = (
+    BIOS,
+    "LabHC/bias_in_bios_class_set2",
+    "LabHC/bias_in_bios_class_set3",
+    AMAZON,
+    f"{AMAZON}_sentiment",
+    "codeparrot/github-code",
+    "fancyzhx/ag_news",
+    "Helsinki-NLP/europarl",
+)
+
+
+def _missing(evaluator: str, names: tuple[str, ...], data_dir: str | None) -> list[str]:
+    from saehub_saebench import hubdata
+
+    return hubdata.warnings(names, data_dir, evaluator)
+
+
+def _check_among(name: str, values: tuple[int, ...], allowed: tuple[int, ...]) -> None:
+    odd = [value for value in values if value not in allowed]
+    if odd or not values:
+        raise ValueError(f"{name} is {list(values)}; SAEBench's result has places for {list(allowed)} only")
+
+
+@dataclass(frozen=True)
+class SparseProbingConfig:
+    """Settings of `saebench/sparse_probing`: the defaults are the paper's."""
+
+    dataset_names: tuple[str, ...] = PROBING
+    """SAEBench's datasets by their names there, and keys of `labelled`."""
+    labelled: dict[str, str] = field(default_factory=dict)
+    """Datasets of your own: name -> folder with train.jsonl and test.jsonl, lines of {"text": …, "label": …}."""
+    data_dir: str | None = None
+    """Folder that holds hub datasets under their names (`LabHC/bias_in_bios/…`); None: the cache, or the hub."""
+    probe_train_set_size: int = 4000
+    """Training texts of each probe."""
+    probe_test_set_size: int = 1000
+    """Test texts of each probe."""
+    context_length: int = 128
+    """Tokens of a text that are read."""
+    k_values: tuple[int, ...] = (1, 2, 5)
+    """Latents that a probe may use."""
+    sae_batch_size: int = 125
+    """Texts encoded at once."""
+    llm_batch_size: int = 32
+    """Texts in one forward pass."""
+    lower_vram_usage: bool = False
+    """Keep activations on the CPU."""
+    seeds: tuple[int, ...] = SEEDS
+    """Samples of texts, and the probes' batches."""
+
+    def __post_init__(self) -> None:
+        _check_seeds(self.seeds)
+        _check_positive(self, "probe_train_set_size", "probe_test_set_size", "context_length", "sae_batch_size", "llm_batch_size")
+        _check_among("k_values", self.k_values, (1, 2, 5, 10, 20, 50, 100))
+        if not self.dataset_names:
+            raise ValueError("dataset_names is empty; name one or more")
+
+    def warnings(self) -> list[str]:
+        """For the plan: datasets that would have to be fetched."""
+        return _missing("sparse_probing", tuple(name for name in self.dataset_names if name not in self.labelled), self.data_dir)
+
+    @staticmethod
+    def definitions() -> Mapping[str, Definition]:
+        """Definition id -> title and formula, for reports."""
+        from saehub_saebench.definitions import definitions
+
+        return definitions("sparse_probing")
+
+
+@dataclass(frozen=True)
+class _PerturbationConfig:
+    """What SCR and TPP share; the defaults are the paper's."""
+
+    dataset_names: tuple[str, ...] = (BIOS, AMAZON)
+    """The two that SAEBench knows here."""
+    data_dir: str | None = None
+    """Folder that holds hub datasets under their names (`LabHC/bias_in_bios/…`); None: the cache, or the hub."""
+    n_values: tuple[int, ...] = (2, 5, 10, 20, 50, 100, 500)
+    """Latents that are zero-ablated."""
+    train_set_size: int = 4000
+    """Training texts of each probe."""
+    test_set_size: int = 1000
+    """Test texts of each probe."""
+    context_length: int = 128
+    """Tokens of a text that are read."""
+    probe_train_batch_size: int = 16
+    """SAEBench: do not change; it decides how much of the spurious correlation the probe learns."""
+    probe_epochs: int = 20
+    """Epochs of the probes' training."""
+    sae_batch_size: int = 125
+    """Texts encoded at once."""
+    llm_batch_size: int = 32
+    """Texts in one forward pass."""
+    lower_vram_usage: bool = False
+    """Keep the model on the CPU while it is not needed."""
+    seeds: tuple[int, ...] = SEEDS
+    """Samples of texts, and the probes."""
+
+    def __post_init__(self) -> None:
+        _check_seeds(self.seeds)
+        _check_positive(self, "train_set_size", "test_set_size", "context_length", "probe_train_batch_size", "probe_epochs", "sae_batch_size", "llm_batch_size")
+        _check_among("n_values", self.n_values, (2, 5, 10, 20, 50, 100, 500))
+        if not self.dataset_names:
+            raise ValueError("dataset_names is empty; name one or both of SAEBench's")
+
+
+@dataclass(frozen=True)
+class ScrConfig(_PerturbationConfig):
+    """Settings of `saebench/scr`."""
+
+    pairs: dict[str, tuple[tuple[str, str], ...]] = field(default_factory=dict)
+    """Dataset -> pairs of classes that are made spuriously correlated; SAEBench's four pairs each unless given."""
+
+    def warnings(self) -> list[str]:
+        """For the plan: the published caution, and datasets that would have to be fetched."""
+        from saehub_saebench.definitions import CAUTION
+
+        return [f"saebench/scr: {CAUTION}", *_missing("scr", self.dataset_names, self.data_dir)]
+
+    @staticmethod
+    def definitions() -> Mapping[str, Definition]:
+        """Definition id -> title and formula, for reports."""
+        from saehub_saebench.definitions import definitions
+
+        return definitions("scr")
+
+
+@dataclass(frozen=True)
+class TppConfig(_PerturbationConfig):
+    """Settings of `saebench/tpp`."""
+
+    def warnings(self) -> list[str]:
+        """For the plan: the published caution, and datasets that would have to be fetched."""
+        from saehub_saebench.definitions import CAUTION
+
+        return [f"saebench/tpp: {CAUTION}", *_missing("tpp", self.dataset_names, self.data_dir)]
+
+    @staticmethod
+    def definitions() -> Mapping[str, Definition]:
+        """Definition id -> title and formula, for reports."""
+        from saehub_saebench.definitions import definitions
+
+        return definitions("tpp")
+
+
+@dataclass(frozen=True)
+class AbsorptionConfig:
+    """Settings of `saebench/absorption`; the defaults are SAEBench's. Models of at least 2 billion parameters are recommended."""
+
+    f1_jump_threshold: float = 0.03
+    """A further latent counts as a split of the letter where it adds so much F1."""
+    max_k_value: int = 10
+    """Latents that may together make up a letter."""
+    prompt_template: str = "{word} has the first letter:"
+    """Context in which a word is read."""
+    prompt_token_pos: int = -6
+    """Position of the word's token, from the end of the prompt."""
+    llm_batch_size: int = 10
+    """Prompts in one forward pass."""
+    k_sparse_probe_l1_decay: float = 0.01
+    """L1 penalty of the probe that chooses latents."""
+    k_sparse_probe_batch_size: int = 4096
+    """Its batch."""
+    k_sparse_probe_num_epochs: int = 50
+    """Its epochs."""
+    min_GT_probe_f1: float = 0.6
+    """A letter counts where a probe on the activations tells it with this F1."""
+    min_feats_for_eval: int = 20
+    """Letters that must count."""
+    eval_k_sparse_probe_batch_size: int = 24
+    """Words scored at once."""
+    precalc_k_sparse_probe_sae_acts: bool = True
+    """Encode each word once: faster, more memory, the same numbers."""
+    seeds: tuple[int, ...] = SEEDS
+    """Splits, probes and example words; SAEBench ignores its own seed, these are set from outside."""
+
+    def __post_init__(self) -> None:
+        _check_seeds(self.seeds)
+        _check_positive(self, "max_k_value", "llm_batch_size", "k_sparse_probe_num_epochs", "min_feats_for_eval")
+        if "{word}" not in self.prompt_template or self.prompt_token_pos >= 0:
+            raise ValueError(f"prompt_template is {self.prompt_template!r}, prompt_token_pos {self.prompt_token_pos}; it holds {{word}}, and the position is negative")
+
+    @staticmethod
+    def definitions() -> Mapping[str, Definition]:
+        """Definition id -> title and formula, for reports."""
+        from saehub_saebench.definitions import definitions
+
+        return definitions("absorption")
+
+
+@dataclass(frozen=True)
+class AutointerpConfig:
+    """Settings of `saebench/autointerp`; the paper's, but for the text, which is the recipe's (there: 2 million tokens of the Pile)."""
+
+    n_latents: int = 1000
+    """Latents that are explained and judged; all living ones, where there are fewer."""
+    dead_latent_threshold: float = 15
+    """Firings below which a latent is left out."""
+    buffer: int = 10
+    """Tokens shown on each side of a position."""
+    llm_batch_size: int = 32
+    """Sequences in one forward pass."""
+    n_top_ex_for_generation: int = 10
+    """Strongest windows shown for an explanation."""
+    n_iw_sampled_ex_for_generation: int = 5
+    """Windows drawn by activation, shown for an explanation."""
+    n_top_ex_for_scoring: int = 2
+    """Strongest windows among those to sort."""
+    n_random_ex_for_scoring: int = 10
+    """Random windows among those to sort."""
+    n_iw_sampled_ex_for_scoring: int = 2
+    """Windows drawn by activation among those to sort."""
+    base_url: str | None = None
+    """OpenAI-compatible address of the judge; None: OPENAI_BASE_URL, or OpenAI itself."""
+    api_key_env: str = "OPENAI_API_KEY"
+    """Environment variable that holds the key."""
+    seeds: tuple[int, ...] = SEEDS
+    """Latents and windows that are drawn."""
+
+    def __post_init__(self) -> None:
+        _check_seeds(self.seeds)
+        _check_positive(self, "n_latents", "buffer", "llm_batch_size", "n_top_ex_for_generation", "n_random_ex_for_scoring")
+
+    def warnings(self) -> list[str]:
+        """For the plan: what it costs."""
+        return [f"saebench/autointerp asks a judge about up to {self.n_latents:,} latents an SAE and seed: two requests each, paid for where the judge is"]
+
+    @staticmethod
+    def definitions() -> Mapping[str, Definition]:
+        """Definition id -> title and formula, for reports."""
+        from saehub_saebench.definitions import definitions
+
+        return definitions("autointerp")

@@ -30,3 +30,20 @@ def read(folder: Path, returned: Any) -> dict[str, Any]:
 def stamped(data: dict[str, Any]) -> dict[str, Any]:
     """With the version of SAEBench where it writes the hash of the repository around the working folder."""
     return {**data, "sae_bench_commit_hash": f"sae-bench {library_version()}"}
+
+
+def provenance(sae: Any) -> dict[str, Any]:
+    """The fields of every result that say of what and by what."""
+    import time
+
+    from sae_bench.sae_bench_utils import get_eval_uuid, get_sae_lens_version
+
+    return {
+        "eval_id": get_eval_uuid(),
+        "datetime_epoch_millis": int(time.time() * 1000),
+        "sae_bench_commit_hash": f"sae-bench {library_version()}",
+        "sae_lens_id": "custom_sae",
+        "sae_lens_release_id": "saehub",
+        "sae_lens_version": get_sae_lens_version(),
+        "sae_cfg_dict": sae.cfg.to_dict(),
+    }

@@ -425,6 +425,7 @@ class _Planner:
             self.warnings += refusals(registered.address, needs, config, chosen)
             name = entry.id or registered.address
             groups = [chosen] if "several_saes" in needs else [[stage] for stage in chosen]
+            self.warnings += map(str, config.warnings() if chosen and hasattr(config, "warnings") else ())
             for group in groups:
                 suffix = "" if "several_saes" in needs else "/" + group[0].id.partition("/")[2]
                 measured = self._measured_about(group) if "measurements" in needs else []
