@@ -51,6 +51,13 @@ def bridge_of(context: EvalContext):
         words = copy.deepcopy(context.model.tokenizer)
         if words.pad_token_id is None:
             words.pad_token = words.eos_token or words.bos_token
-        model.tokenizer = words
+        model.tokenizer = words  # the bridge sets it up, and may keep another object
+        model.tokenizer.__class__ = ordered(type(model.tokenizer))
         model._saehub_tokenizer = True
     return model
+
+
+def ordered(cls: type) -> type:
+    """`cls` with its vocabulary in the order of ids. A fast tokenizer gives it in that of a hash map, another one each time it is asked,
+    and SAEBench draws its words and examples from it: without this no seed makes absorption repeatable."""
+    return type(cls.__name__, (cls,), {"vocab": property(lambda self: dict(sorted(self.get_vocab().items(), key=lambda item: item[1])))})

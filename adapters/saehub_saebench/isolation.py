@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import numpy as np
 import torch
 
@@ -19,12 +20,15 @@ from saehub.jsonio import hash_json
 
 @contextmanager
 def untouched_world() -> Iterator[None]:
-    """Put back what SAEBench changes and never restores: grad mode, random states, the folder, environment variables, dtype, threads."""
+    """Put back what SAEBench changes and never restores: grad mode, random states, the folder, environment variables, dtype,
+    threads; its run-time type checks are off inside."""
     grad, dtype, threads = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads()
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002  the global state is what must come back
     gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     folder, environment = Path.cwd(), dict(os.environ)
     precision = torch.get_float32_matmul_precision()
+    types = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)  # they refuse a TransformerBridge, and crash under beartype >= 0.18
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # thousands, about scikit-learn's and pydantic's next versions
@@ -38,6 +42,7 @@ def untouched_world() -> Iterator[None]:
         torch.set_default_dtype(dtype)
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision(precision)
+        jaxtyping.config.update("jaxtyping_disable", types)
         random.setstate(states[0])
         np.random.set_state(states[1])  # noqa: NPY002
         torch.set_rng_state(states[2])

@@ -8,8 +8,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-os.environ.setdefault("JAXTYPING_DISABLE", "1")  # before sae_bench is imported here; its components set it for their worker
-
 from saehub.api import EvalContext, Subject
 from saehub.checkpoint.format import save
 from saehub.pipeline.evaluation import open_context

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,38 @@ def sparsify(word: str) -> dict:
     return arguments
 
 
+toys = spec_from_file_location("saebench_toys", Path(__file__).parents[1] / "adapters" / "saebench_toys.py")
+saebench_toys = module_from_spec(toys)
+toys.loader.exec_module(saebench_toys)
+PERTURBED = {"dataset_names": [saebench_toys.BIOS], "n_values": [2], "train_set_size": 24, "test_set_size": 12, "context_length": 16, "probe_epochs": 2}
+EXAMPLES = {f"n_{kind}": 1 for kind in ("top_ex_for_generation", "iw_sampled_ex_for_generation", "top_ex_for_scoring", "iw_sampled_ex_for_scoring")}
+SAEBENCH = {
+    "core": {"batch_size_prompts": 4, "seeds": [1, 2]},
+    "meta_structure": {"train_steps": 20, "train_batch_size": 32, "seeds": [1, 2]},
+    "sae_probes": {"dataset_names": ["119_us_state_TX"], "ks": [1], "reg_type": "l2", "include_llm_baseline": False},
+    "sparse_probing": {"dataset_names": ["own"], "k_values": [1], "probe_train_set_size": 24, "probe_test_set_size": 12, "context_length": 16},
+    "scr": {**PERTURBED, "pairs": {saebench_toys.BIOS: [["professor", "nurse"]]}},
+    "tpp": PERTURBED,
+    "absorption": {"max_k_value": 1, "k_sparse_probe_num_epochs": 10},
+    "autointerp": {**EXAMPLES, "n_latents": 4, "dead_latent_threshold": 3, "buffer": 2, "n_random_ex_for_scoring": 4},
+}
+
+
+def saebench(tmp: Path, word: str) -> dict:
+    """Settings of a SAEBench evaluator on local data, small enough for a test; one seed where two add nothing."""
+    arguments: dict = {"with_": {"seeds": [1], **SAEBENCH[word]}}
+    if word in ("scr", "tpp", "sparse_probing"):
+        arguments["with_"]["data_dir"] = str(saebench_toys.labelled_texts(tmp / "data"))
+    if word == "sparse_probing":
+        arguments["with_"]["labelled"] = {"own": str(tmp / "data" / "own")}
+    if word == "absorption":
+        (tmp / "stage").mkdir()
+        arguments["stage"] = saebench_toys.SpellingStage(tmp / "stage")
+    if word == "autointerp":
+        arguments["with_"]["base_url"] = saebench_toys.Judge().__enter__().url  # a daemon thread: it ends with the tests
+    return arguments
+
+
 ARGUMENTS = {
     "native/topk": lambda tmp: {
         "with_": {**TRAIN, "k": 4},
@@ -150,11 +183,7 @@ ARGUMENTS = {
     **{f"sparsify/{word}": (lambda tmp, word=word: sparsify(word)) for word in ("topk", "groupmax", "multi_topk", "transcoder", "skip_transcoder")},
     "native/files": lambda tmp: stored_activations(tmp / "activations"),
     "formats/circuit_tracer": lambda tmp: {"saes": placed_transcoders()},
-    "saebench/core": lambda tmp: {"with_": {"batch_size_prompts": 4, "seeds": [1, 2]}},
-    "saebench/meta_structure": lambda tmp: {"with_": {"train_steps": 20, "train_batch_size": 32, "seeds": [1, 2]}},
-    "saebench/sae_probes": lambda tmp: {
-        "with_": {"dataset_names": ["119_us_state_TX"], "ks": [1], "reg_type": "l2", "include_llm_baseline": False, "seeds": [1, 2]}
-    },
+    **{f"saebench/{word}": (lambda tmp, word=word: saebench(tmp, word)) for word in SAEBENCH},
     **{address: (lambda tmp, address=address: published(tmp)[address]) for address in READ_ONLY},
 }
 
@@ -172,7 +201,7 @@ def test_component(address, stage, workers, tmp_path):
     kind = KIND[address]
     arguments = {**ARGUMENTS.get(address, lambda tmp: {})(tmp_path), "workers": workers}
     if kind in ("extractor", "evaluator"):
-        arguments["stage"] = stage
+        arguments.setdefault("stage", stage)
     report = CHECKS[kind](address, **arguments)
     assert report.ok, f"\n{report}"
 
