@@ -55,7 +55,7 @@ class Absorption(BenchEvaluator):
         from sae_bench.evals.absorption.main import _aggregate_results_df
 
         config = self.config
-        reason = self._letters(model)
+        reason = self._letters(model) or _unlearnt(shared / "probes" / sae.cfg.model_name / f"layer_{sae.cfg.hook_layer}" / "train_df.csv")
         if reason:
             return {(None, None): self._nothing(reason)}
         common = dict(
@@ -131,6 +131,16 @@ class Absorption(BenchEvaluator):
         first = {word.strip()[0].lower() for word in get_alpha_tokens(model.tokenizer)}
         absent = [letter for letter in LETTERS if letter not in first]
         return f"no word of the tokenizer begins with {', '.join(absent)}; SAEBench needs all 26 letters" if absent else None
+
+
+def _unlearnt(words: Path) -> str | None:
+    """Why the probe's words will not do: SAEBench fails where no word of a letter is among those it trains on."""
+    import pandas as pd
+
+    table = pd.read_csv(words, keep_default_na=False)
+    absent = [letter for number, letter in enumerate("abcdefghijklmnopqrstuvwxyz") if number not in set(table["answer_class"])]
+    told = f"of the {len(table)} words that the probes are trained on none begins with {', '.join(absent)}"
+    return f"the model cannot spell here: {told}, and SAEBench needs all 26 letters" if absent else None
 
 
 @contextmanager
