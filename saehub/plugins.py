@@ -7,6 +7,7 @@ import importlib
 import os
 import re
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ from saehub.errors import MissingDependency, SaehubError, StageFailed, UsageErro
 GROUP = "saehub.plugins"
 OWN = "saehub"
 """The distribution whose plugins nobody can shadow."""
+SLOW_SECONDS = 1.0
+"""A plugin whose registration takes longer is told so."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,8 @@ class PluginRow:
     """`ok`, `broken` or `disabled`."""
     error: str | None = None
     trace: str | None = None
+    warning: str | None = None
+    """What makes every command of its user slower, though it works."""
     components: list[Registered] = field(default_factory=list)
     architectures: list[Registered] = field(default_factory=list)
     recipes: list[Path] = field(default_factory=list)
@@ -215,6 +220,7 @@ def discover(entry_points: Iterable[metadata.EntryPoint] | None = None) -> Catal
     for row, point in rows:
         if row.status == "disabled":
             continue
+        begun, heavy = time.monotonic(), "torch" in sys.modules
         try:
             with contextlib.redirect_stdout(sys.stderr):
                 _refuse_clash(row, active)
@@ -228,7 +234,16 @@ def discover(entry_points: Iterable[metadata.EntryPoint] | None = None) -> Catal
             row.status, row.error = "broken", str(error) if isinstance(error, SaehubError) else f"{type(error).__name__}: {error}"
             row.trace = traceback.format_exc()
             row.components, row.architectures, row.recipes = [], [], []
+        row.warning = _heavy_import(time.monotonic() - begun, not heavy and "torch" in sys.modules)
     return Catalog(row for row, _ in rows)
+
+
+def _heavy_import(seconds: float, torch: bool) -> str | None:
+    """Registrations are data; every command pays for what their module imports."""
+    if seconds < SLOW_SECONDS and not torch:
+        return None
+    why = f"its registration took {seconds:.1f} s" + (" and imports torch" if torch else "")
+    return f"{why}; import heavy libraries inside functions, in the modules that `target` names"
 
 
 def _row(point: metadata.EntryPoint) -> PluginRow:

@@ -31,7 +31,15 @@ def ls(trace: bool, as_json: bool) -> None:
 
     render.table(
         ("plugin", "distribution", "status", "provides"),
-        [(row["name"], f"{row['distribution']} {row['version']}".strip(), row["status"], row["error"] or _provides(row)) for row in rows],
+        [
+            (
+                row["name"],
+                f"{row['distribution']} {row['version']}".strip(),
+                row["status"] + (", slow" if row["warning"] else ""),
+                row["error"] or _provides(row),
+            )
+            for row in rows
+        ],
     )
     components = [item for row in rows for item in row["components"]]
     if components:
@@ -52,6 +60,9 @@ def ls(trace: bool, as_json: bool) -> None:
     for fix in dict.fromkeys(item["install"] for item in components if item["install"]):
         say(f"to install what is missing: {fix}")
     for row in rows:
+        if row["warning"]:
+            say(style(f"{row['name']} is slow: ", fg="red") + clean(row["warning"]))
+    for row in rows:
         if trace and row["trace"]:
             say(style(f"\n{row['name']}", fg="red") + "\n" + clean(row["trace"]).rstrip())
         elif row["status"] == "broken":
@@ -67,6 +78,7 @@ def _row(known: object, row: object, trace: bool) -> dict:
         "status": row.status,
         "error": row.error,
         "trace": row.trace if trace else None,
+        "warning": row.warning,
         "components": [_component(known, item) for item in row.components],
         "architectures": [{"name": item.name, "summary": item.entry.summary} for item in row.architectures],
         "recipes": [str(path) for path in row.recipes],

@@ -30,6 +30,7 @@ def zoo(monkeypatch):
         lacking,
         PluginRow("bad", "bad-dist", "1", status="broken", error="ImportError: no [red]x\x1b[2J", trace="Traceback …\nImportError: x"),
         PluginRow("off", "off-dist", "1", status="disabled"),
+        PluginRow("late", "late-dist", "1", warning="its registration took 9.0 s"),
     ]
     monkeypatch.setattr(plugins, "catalog", lambda: Catalog(rows))
 
@@ -41,6 +42,7 @@ def test_ls(saehub, zoo):
     assert "ok" in rows["native"] and "1 trainer" in rows["native"]
     assert "broken" in rows["bad"] and "ImportError: no [red]x\\x1b[2J" in rows["bad"]
     assert "disabled" in rows["off"]
+    assert "ok, slow" in rows["late"] and "late is slow: its registration took 9.0 s" in said.err
     assert "missing no_such_library_xyz" in rows["far/core"]
     assert "pip install 'far-away[far]'" in said.err and "saehub plugins ls --trace" in said.err
     assert "\x1b" not in said.out + said.err
@@ -53,8 +55,8 @@ def test_trace(saehub, zoo):
 
 def test_json(saehub, zoo):
     rows = saehub("plugins", "ls", "--json").data["plugins"]
-    assert [row["status"] for row in rows] == ["ok", "ok", "broken", "disabled"]
-    assert set(rows[0]) == {"name", "distribution", "version", "status", "error", "trace", "components", "architectures", "recipes"}
+    assert [row["status"] for row in rows] == ["ok", "ok", "broken", "disabled", "ok"]
+    assert set(rows[0]) == {"name", "distribution", "version", "status", "error", "trace", "warning", "components", "architectures", "recipes"}
     assert rows[1]["components"] == [
         {
             "address": "far/core",

@@ -154,6 +154,16 @@ def test_the_whole_zoo_at_once_leaves_the_commands_working(zoo):
     assert checked.returncode == 0, checked.stderr
 
 
+def test_a_slow_or_heavy_registration_works_and_is_named(zoo, monkeypatch):
+    zoo.add("asleep", "import time\ntime.sleep(1.05)\n" + dedent(GOOD))
+    row = zoo.row("asleep")
+    assert row.status == "ok" and row.components and "took 1." in row.warning and "inside functions" in row.warning
+    real = dict(sys.modules)
+    monkeypatch.setattr(sys, "modules", {name: module for name, module in real.items() if name != "torch"})  # a process that has not imported it
+    zoo.add("heavy", "import sys, types\nsys.modules['torch'] = types.ModuleType('torch')\n" + dedent(GOOD))
+    assert "imports torch" in zoo.row("heavy").warning
+
+
 def test_what_a_plugin_prints_goes_to_stderr(zoo, capsys):
     zoo.add("loud", "print('hello from a plugin')\n" + dedent(GOOD))
     assert zoo.row("loud").status == "ok"
