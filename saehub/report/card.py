@@ -15,17 +15,19 @@ from saehub.report.text import clean
 
 UNKNOWN = "not measured"
 WANTED = (
-    (("fvu", "explained_variance"), "reconstruction: FVU or explained variance"),
-    (("l0",), "sparsity: L0"),
-    (("ce_recovered_zero", "ce_recovered"), "cross-entropy recovered against zero-ablation"),
-    (("ce_recovered_mean",), "cross-entropy recovered against mean-ablation"),
-    (("kl_recovered_zero", "kl_spliced", "kl"), "KL divergence under the reconstruction"),
-    (("dead",), "dead latents, with token budget"),
-    (("redundancy",), "redundancy (mean over latents of the greatest decoder cosine)"),
-    (("absorption",), "feature absorption"),
-    (("stability",), "stability over seeds, paraphrase and drift"),
+    (("fvu", "explained_variance"), "reconstruction: FVU or explained variance", "native/core"),
+    (("l0",), "sparsity: L0", "native/core"),
+    (("ce_recovered_zero", "ce_recovered"), "cross-entropy recovered against zero-ablation", "native/core"),
+    (("ce_recovered_mean",), "cross-entropy recovered against mean-ablation", "native/core"),
+    (("kl_recovered_zero", "kl_spliced", "kl"), "KL divergence under the reconstruction", "native/core"),
+    (("dead",), "dead latents, with token budget", "native/core"),
+    (("redundancy",), "redundancy (mean over latents of the greatest decoder cosine)", "native/health"),
+    (("absorption", "mean_absorption"), "feature absorption", "saebench/absorption, on models of a billion parameters or more"),
+    (("shared_share", "pw_mcc", "stability"), "stability over training seeds", "native/stability, with a second seed (recipe seed-pair)"),
+    (("paraphrase",), "stability under paraphrase", "native/paraphrase"),
+    (("drift",), "stability under drift of model or text", "native/drift"),
 )
-"""What a reader of a run card looks for: (beginnings of metric names, words)."""
+"""What a reader of a run card looks for: (beginnings of metric names, words, what would measure it)."""
 
 
 @dataclass(frozen=True)
@@ -176,20 +178,26 @@ def _run(run: RunFolder) -> Iterator[tuple[str, Any]]:
     yield "lock file", "recipe.lock" if (run.path / "recipe.lock").is_file() else None
 
 
-def not_measured(run: RunFolder) -> list[str]:
-    """What a reader would look for and no evaluator of this run measured, with the reason where one was given."""
+def wanted(run: RunFolder) -> list[tuple[str, str | None]]:
+    """(words, why it was not measured) of everything in `WANTED`; None for what was."""
     measured = [row for row in run.measurements if row.status == "ok"]
-    found = []
-    for beginnings, words in WANTED:
+    found: list[tuple[str, str | None]] = []
+    for beginnings, words, maker in WANTED:
         if any(row.metric.startswith(beginnings) for row in measured):
+            found.append((words, None))
             continue
         reason = next((row.reason for row in run.measurements if row.metric.startswith(beginnings) and row.reason), None)
-        found.append(f"{words}: {reason}" if reason else words)
+        found.append((words, reason or f"no evaluator of this run does; {maker} would"))
     return found
 
 
+def not_measured(run: RunFolder) -> list[str]:
+    """What a reader would look for and no evaluator of this run measured, with the reason."""
+    return [f"{words}: {reason}" for words, reason in wanted(run) if reason]
+
+
 def limits(run: RunFolder) -> list[str]:
-    """Caveats that stand beside the numbers: warnings of the plan, an inexact resume, failed stages, one seed."""
+    """Caveats that stand beside the numbers: warnings of the plan, an inexact resume, failed stages, what errors do not cover."""
     card = run.card
     found = [str(text) for text in card.get("warnings") or []]
     if card.get("resume") == "inexact":
@@ -197,7 +205,8 @@ def limits(run: RunFolder) -> list[str]:
             f"resumed on another footing ({'; '.join(card.get('resume_changes') or [])}): not bit-identical to an uninterrupted run"
         )
     found += [f"failed: {error.get('what')}" for error in card.get("errors") or []]
-    if any(entry.get("trainer") for entry in (card.get("saes") or {}).values() if entry):
+    compared = any(row.status == "ok" and row.metric.startswith("pw_mcc") for row in run.measurements)
+    if not compared and any(entry.get("trainer") for entry in (card.get("saes") or {}).values() if entry):
         found.append("standard errors are over evaluation sequences; how another training seed would come out was not measured")
     return found
 
@@ -218,10 +227,15 @@ def _words(value: Any) -> str:
 
 
 def markdown(run: RunFolder) -> str:
-    """The run card as a Markdown page: facts, results by SAE, what is not measured, known limits."""
-    lines = [f"# Run card: {_md(run.card.get('recipe') or run.name)}", ""]
+    """The run card as a Markdown page that is a model card of the Hugging Face hub too: the minimum, verdicts, results by SAE, all facts,
+    what is not measured, known limits, SAELens' directory entry."""
+    from saehub.report.hub import front_matter, minimum, saelens_entry
+
+    lines = [*front_matter(run), f"# Run card: {_md(run.card.get('recipe') or run.name)}", ""]
     if run.card.get("description"):
         lines += [_md(run.card["description"]), ""]
+    lines += _md_verdicts(run)
+    lines += ["## At a glance", "", "| | |", "|---|---|", *(f"| {_md(name)} | {_md(value)} |" for name, value in minimum(run)), ""]
     lines += ["## Results", ""]
     tables = groups(run.measurements)
     for group in tables:
@@ -239,7 +253,32 @@ def markdown(run: RunFolder) -> str:
         lines += ["", f"## {title}", "", *(f"- {_md(item)}" for item in items or ["nothing known"])]
     lines += ["", "## Use", "", "```python", "import saehub"]
     lines += [f"sae = saehub.load({('checkpoints/' + name)!r})" for name in run.checkpoints()]
-    return "\n".join([*lines, "```", ""])
+    lines += ["```", ""]
+    entry = saelens_entry(run)
+    if entry:
+        lines += ["For SAELens' `pretrained_saes.yaml` (fill in the repository):", "", "```yaml", clean(entry).replace("```", "` ` `").rstrip("\n"), "```", ""]
+    else:
+        lines += ["No entry for SAELens' `pretrained_saes.yaml`: this run wrote no SAELens folder (`export: [{uses: saelens}]` writes one).", ""]
+    return "\n".join(lines)
+
+
+def _md_verdicts(run: RunFolder) -> list[str]:
+    from saehub.report.verdicts import COLUMNS, layer_table, verdicts
+
+    said = verdicts(run.measurements)
+    if not said:
+        return []
+    lines = ["## Verdict", ""]
+    for one in said:
+        flags = f" ({_md(', '.join(one.flags))})" if one.flags else ""
+        lines += [f"**{_md(one.sae)}: {_md(one.word)}**{flags}", "", *(f"- {_md(reason)}" for reason in one.reasons)]
+        lines += [f"- check next: {_md('; '.join(one.next))}"] if one.next else []
+        lines.append("")
+    if len(said) > 1:
+        lines += [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
+        lines += [f"| {' | '.join(map(_md, line))} |" for line in layer_table(run.measurements)]
+        lines.append("")
+    return lines
 
 
 def _md_group(group: Group) -> list[str]:

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from urllib.parse import urlsplit
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 LIMIT = 3_000_000
@@ -27,30 +28,38 @@ def browser() -> str:
     return found
 
 
-def look(page: Path, shot: Path, *, dark: bool = False) -> dict:
+def look(page: Path, shot: Path) -> dict:
     """Open `page` with the network log on; what was asked for and said."""
+    done, requests = _open(page, f"--screenshot={shot}", "--window-size=1180,5200")
     with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "net.json"
-        common = [
-            browser(), "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={folder}/profile", "--no-first-run",
-            "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-default-apps", "--enable-logging=stderr", "--v=0",
-        ]  # fmt: skip
-        scheme = ["--blink-settings=preferredColorScheme=0"] if dark else []
-        address = page.absolute().as_uri()
-        picture = [*common, *scheme, f"--log-net-log={log}", f"--screenshot={shot}", "--window-size=1180,5200", address]
-        done = subprocess.run(picture, capture_output=True, text=True, timeout=180, check=False)
-        plain = [*common, "--blink-settings=scriptEnabled=false", "--dump-dom", address]
-        dom = subprocess.run(plain, capture_output=True, text=True, timeout=180, check=False).stdout
-        events = _events(log.read_text(encoding="utf-8")) if log.is_file() else []
-    requests = sorted({url for event in events if (url := (event.get("params") or {}).get("url")) and url != address and not _own(url)})
+        empty = Path(folder) / "empty.html"
+        empty.write_text("<!DOCTYPE html><title>empty</title>", encoding="utf-8")
+        own = {urlsplit(url).netloc for url in _open(empty, "--dump-dom")[1]}  # what the browser asks for on its own account, whatever the page
+    shown, _ = _open(page, "--dump-dom")
     return {
         "page": page.name,
         "bytes": page.stat().st_size,
         "console": re.findall(r"CONSOLE[^\n]*", done.stderr),
-        "requests": requests,
-        "words without script": len(re.sub(r"<[^>]+>|(?s:<style.*?</style>)", " ", dom).split()),
+        "requests": [url for url in requests if urlsplit(url).netloc not in own],
+        "scripts": shown.stdout.count("<script"),
+        "words": len(re.sub(r"(?s:<style.*?</style>)|<[^>]+>", " ", shown.stdout).split()),
         "screenshot": str(shot) if shot.is_file() else None,
     }
+
+
+def _open(page: Path, *more: str) -> tuple[subprocess.CompletedProcess, list[str]]:
+    """(the browser's output, the addresses that were asked for beside the page's own)."""
+    address = page.absolute().as_uri()
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "net.json"
+        command = [
+            browser(), "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={folder}/profile", "--no-first-run",
+            "--disable-background-networking", "--disable-component-update", "--disable-sync", "--enable-logging=stderr", f"--log-net-log={log}", *more, address,
+        ]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        events = _events(log.read_text(encoding="utf-8")) if log.is_file() else []
+    found = {url for event in events if (url := (event.get("params") or {}).get("url"))}
+    return done, sorted(url for url in found if url != address and not url.startswith(("chrome", "devtools", "data:", "about:")))
 
 
 def _events(text: str) -> list[dict]:
@@ -59,13 +68,6 @@ def _events(text: str) -> list[dict]:
         return json.loads(text)["events"]
     except ValueError:
         return json.loads(text.rstrip().rstrip(",") + "]}")["events"]
-
-
-def _own(url: str) -> bool:
-    """What the browser asks for on its own account, whatever the page."""
-    return url.startswith(("chrome", "devtools", "data:", "about:")) or any(
-        host in url for host in ("clients2.google.com", "accounts.google.com", "update.googleapis.com", "optimizationguide", "safebrowsing")
-    )
 
 
 def main() -> None:
@@ -79,7 +81,7 @@ def main() -> None:
         found = look(page, (given.out / f"{page.parent.name}-{page.stem}.png").absolute())
         wrong = [
             *(["it writes to the console"] if found["console"] else []), *(["it asks for other files"] if found["requests"] else []),
-            *(["3 MB or more"] if found["bytes"] >= LIMIT else []), *(["no text without script"] if found["words without script"] < 100 else []),
+            *(["3 MB or more"] if found["bytes"] >= LIMIT else []), *(["no text, or a script"] if found["words"] < 100 or found["scripts"] else []),
             *(["no screenshot"] if not found["screenshot"] else []),
         ]  # fmt: skip
         bad = bad or bool(wrong)

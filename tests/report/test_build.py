@@ -204,7 +204,7 @@ def test_what_nobody_measured_is_said(fake_run, tmp_path):
     markdown = (run.path / "run_card.md").read_text(encoding="utf-8")
     assert "| peak memory | not measured |" in markdown
     assert "- feature absorption" in markdown
-    assert "- stability over seeds" in markdown
+    assert "- stability over training seeds: no evaluator of this run does; native/stability, with a second seed" in markdown
     assert "redundancy" not in " ".join(card.not_measured(run))
     bare = RunFolder(
         fake_run.write(tmp_path / "bare", rows=[fake_run.measurement("fvu", "in_sample", None, status="not_measured", reason="no model")])
@@ -222,3 +222,39 @@ def test_known_limits(fake_run, tmp_path):
     assert limits[0] == "out_of_sample is in train"
     assert "threads: 2 -> 4" in limits[1] and "not bit-identical" in limits[1]
     assert "another training seed" in limits[2]
+
+
+def test_the_card_is_a_model_card_of_the_hub_and_of_saelens(fake_run, tmp_path):
+    """Front matter and directory entry are YAML with the keys that their readers use; numbers are those of the results."""
+    import yaml
+
+    run = fake_run.write(tmp_path / "r")
+    facts = fake_run.card()
+    facts["model"] |= {"name": "Qwen/Qwen3-0.6B", "shape": {"family": "llama", "n_layers": 6, "d_model": 160, "d_mlp": 640, "n_heads": 4, "d_head": 40, "vocab": 100, "context": 128}}
+    facts["data"]["train"]["sources"] = [{"source": "HuggingFaceFW/fineweb", "split": "train", "weight": 1.0}, {"source": "mine.jsonl", "split": "all"}]
+    fake_run.dump(run / "run_card.json", facts)
+    markdown = build.card.markdown(RunFolder(run))
+    _, head, _ = markdown.split("---\n", 2)
+    said = yaml.safe_load(head)
+    assert said["library_name"] == "saelens" and {"saehub", "topk", "sparse-autoencoder"} <= set(said["tags"])
+    assert said["base_model"] == "Qwen/Qwen3-0.6B" and said["datasets"] == ["HuggingFaceFW/fineweb"]
+    entry = yaml.safe_load(re.search(r"```yaml\n(.*?)```", markdown, re.DOTALL)[1])
+    (release,) = entry.values()
+    assert list(entry) == ["topk-llama"] and release["model"] == "Qwen/Qwen3-0.6B" and release["conversion_func"] is None and "repo_id" in release
+    assert release["saes"] == [{"id": "blocks.2.hook_resid_post", "path": "exports/saelens/native-k32", "l0": 32.0, "variance_explained": 0.8712, "neuronpedia": None}]
+
+
+def test_every_item_of_the_minimum_is_filled_or_says_why_not(fake_run, tmp_path):
+    from saehub.report.hub import minimum
+
+    known = dict(minimum(RunFolder(fake_run.write(tmp_path / "r"))))
+    for name in ("model and revision", "tensor", "architecture and sizes", "dtype and normalisation", "BOS and masking", "data", "tokens trained", "hardware and cost"):
+        assert known[name] and not known[name].startswith("not measured"), name
+    assert known["verdict"] == "not measured: native/verdict was not run"
+    assert known["feature absorption"].startswith("not measured: ")
+    assert all(value.partition("not measured:")[2].strip() for value in known.values() if value.startswith("not measured"))
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    bare = dict(minimum(RunFolder(empty)))
+    assert [name for name, value in bare.items() if not value.startswith("not measured: ")] in ([], ["model and revision"], ["hardware and cost"], ["model and revision", "hardware and cost"])
+    assert "builtin/python-docs" in known["data"] and "heldout" not in known["data"]
