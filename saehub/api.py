@@ -404,3 +404,22 @@ class Exporter(Protocol):
     def run(self, path: Path, x_ND: Tensor) -> tuple[Tensor, Tensor]:
         """Features [n, d_sae] and reconstruction [n, d_out] of float32 rows, computed with the target library's own code."""
         ...
+
+
+class ResultFormat(Protocol):
+    """Another library's result files. `sniff` and `read` run in saehub's own process and must not import the library; `write` runs in the
+    plugin's worker."""
+
+    def __init__(self, config: Any): ...
+
+    def sniff(self, path: Path) -> bool:
+        """Whether `path` is such a file, or a folder of them; cheap, never raises on foreign files."""
+        ...
+
+    def read(self, path: Path) -> Iterable[Measurement]:
+        """What the files say, as measurements of saehub's evaluators where they mean the same."""
+        ...
+
+    def write(self, measurements: Sequence[Measurement], folder: Path) -> Mapping[str, Sequence[str]]:
+        """Write what the format can say below `folder`, validated by the library; `{"files": [paths], "left_out": [sentences]}`."""
+        ...

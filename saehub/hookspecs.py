@@ -1,4 +1,4 @@
-"""The six hooks of a saehub plugin: each takes nothing and returns registrations; the docstring of each is a complete plugin module."""
+"""The seven hooks of a saehub plugin: each takes nothing and returns registrations; the docstring of each is a complete plugin module."""
 
 from __future__ import annotations
 
@@ -77,6 +77,21 @@ def saehub_exporters() -> Iterable[Component]:
 
 
 @hookspec
+def saehub_results() -> Iterable[Component]:
+    """Components that write measurements as another library's result files, and read such files (`saehub.api.ResultFormat`).
+
+    .. versionadded:: 0.1
+
+    Example:
+        from saehub import Component, hookimpl
+
+        @hookimpl
+        def saehub_results():
+            return [Component(name="house-json", target="my_plugin.results:HouseJson", summary="the house's result files")]
+    """
+
+
+@hookspec
 def saehub_architectures() -> Iterable[ArchitectureEntry]:
     """Architectures: subclasses of `saehub.SAE` that checkpoints name.
 
@@ -112,5 +127,6 @@ COMPONENT_HOOKS = {
     "trainer": "saehub_trainers",
     "evaluator": "saehub_evaluators",
     "exporter": "saehub_exporters",
+    "results": "saehub_results",
 }
 HOOKS = (*COMPONENT_HOOKS.values(), "saehub_architectures", "saehub_recipes")

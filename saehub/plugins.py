@@ -20,6 +20,8 @@ from saehub.api import API_VERSION, KINDS, NEEDS, ArchitectureEntry, Component
 from saehub.errors import MissingDependency, SaehubError, StageFailed, UsageError, did_you_mean
 
 GROUP = "saehub.plugins"
+ALL_KINDS = (*KINDS, "results")
+"""What a recipe can name, and formats of result files."""
 OWN = "saehub"
 """The distribution whose plugins nobody can shadow."""
 SLOW_SECONDS = 1.0
@@ -143,8 +145,8 @@ class Catalog:
 
     def components(self, kind: str) -> dict[str, Registered]:
         """`{"native/topk": Registered, …}` of one kind, sorted by address."""
-        if kind not in KINDS:
-            raise UsageError(f"there is no component kind {kind!r}{did_you_mean(kind, KINDS)}", fix=f"one of {', '.join(KINDS)}")
+        if kind not in ALL_KINDS:
+            raise UsageError(f"there is no component kind {kind!r}{did_you_mean(kind, ALL_KINDS)}", fix=f"one of {', '.join(ALL_KINDS)}")
         found = {item.address: item for row in self._rows for item in row.components if item.kind == kind}
         return dict(sorted(found.items()))
 

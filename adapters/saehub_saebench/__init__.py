@@ -54,3 +54,18 @@ def saehub_evaluators() -> list[Component]:
             (),
         ),
     ]
+
+
+@hookimpl
+def saehub_results() -> list[Component]:
+    """SAEBench's result files."""
+    return [
+        Component(
+            name="saebench-json",
+            target="saehub_saebench.saebench_json:SAEBenchJson",
+            requires=("sae_bench",),
+            extra="saebench",
+            summary="SAEBench's result files: written, validated by its own classes, and read, published ones too",
+            env=ENVIRONMENT,
+        )
+    ]

@@ -18,7 +18,8 @@ RUN = click.argument("run", metavar="RUN")
 def runs() -> None:
     """List, show, compare and replay runs; clear the store.
 
-    RUN is a run's name, the beginning of it, `last`, or the path of a run folder or of its run_card.json.
+    RUN is a run's name, the beginning of it, `last`, the path of a run folder or of its run_card.json, or result files of
+    another library, or a folder of them, that a plugin can read.
     """
 
 
@@ -29,9 +30,12 @@ def _known() -> list[Path]:
 
 
 def _find(name: str):
-    from saehub.report.run_folder import find
+    from saehub.report.foreign import foreign
+    from saehub.report.run_folder import find, is_run
 
-    return find(name, _known())
+    path = Path(name)
+    other = None if is_run(path) or (path.is_file() and is_run(path.parent)) else foreign(path)
+    return other or find(name, _known())
 
 
 @runs.command("ls")

@@ -71,6 +71,7 @@ def compare(left: Sequence[Measurement], right: Sequence[Measurement]) -> tuple[
 
     SAEs are matched by id; where each side has exactly one SAE, those two are compared under whatever ids.
     """
+    left = _same_text(left, right)
     rename = _match(left, right)
     others = {_key(item, {}): item for item in right}
     found, used = [], set()
@@ -143,6 +144,18 @@ def _other_sparsity(found: Sequence[Difference]) -> list[str]:
 
 def _key(item: Measurement, rename: Mapping[str, str]) -> tuple:
     return (tuple(rename.get(name, name) for name in item.subjects), item.dataset, item.evaluator, item.metric)
+
+
+def _same_text(left: Sequence[Measurement], right: Sequence[Measurement]) -> Sequence[Measurement]:
+    """`left` with the other side's name of a dataset, for evaluators of which each side has one, and one side does not know its hash: published
+    results name text that saehub knows by another name."""
+    names: dict[str, str | None] = {}
+    for evaluator in {item.evaluator for item in left}:
+        ours = {(item.dataset, item.dataset_hash) for item in left if item.evaluator == evaluator and item.dataset}
+        theirs = {(item.dataset, item.dataset_hash) for item in right if item.evaluator == evaluator and item.dataset}
+        if len(ours) == len(theirs) == 1 and (not next(iter(ours))[1] or not next(iter(theirs))[1]):
+            names[evaluator] = next(iter(theirs))[0]
+    return [replace(item, dataset=names[item.evaluator]) if item.dataset and item.evaluator in names else item for item in left]
 
 
 def _match(left: Iterable[Measurement], right: Iterable[Measurement]) -> dict[str, str]:

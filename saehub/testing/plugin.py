@@ -7,6 +7,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
+from saehub.api import KINDS
 from saehub.errors import SaehubError, UsageError, did_you_mean
 from saehub.plugins import PluginRow, Registered, catalog
 from saehub.testing.conformance import Check, ConformanceReport
@@ -54,6 +55,8 @@ def check_plugin(
             raise UsageError(f"{row.plugin} has no component {unknown[0]!r}{did_you_mean(unknown[0], known)}", fix=f"one of: {', '.join(sorted(known))}")
     with Components() as workers:
         for item in row.components:
+            if item.kind not in KINDS:  # a format of result files: there is no suite for it
+                continue
             started(item)
             pick = lambda given, item=item: (given or {}).get(item.address) or (given or {}).get(item.name)  # noqa: E731
             yield _check(item, pick(settings), pick(folders), workers)

@@ -35,6 +35,7 @@ REGISTERED = {
     "saehub_trainers": ("trainer", "topk"),
     "saehub_evaluators": ("evaluator", "l0"),
     "saehub_exporters": ("exporter", "house"),
+    "saehub_results": ("results", "house-json"),
     "saehub_architectures": ("architecture", "softcap"),
     "saehub_recipes": ("recipe", "soup"),
 }
