@@ -152,10 +152,11 @@ def plan(name: str, overrides: tuple[str, ...], out: Path | None, strict_cache: 
 @OUT
 @STRICT
 @click.option("--dry-run", is_flag=True, help="Only show the plan.")
+@click.option("--log", "log", multiple=True, metavar="LOGGER", help="Log to tensorboard or wandb too (repeatable).")
 @json_option("Print every event as one JSON line on stdout; the last line is the summary.")
 @click.pass_context
 def run(
-    ctx: click.Context, name: str, overrides: tuple[str, ...], out: Path | None, strict_cache: bool, dry_run: bool, as_json: bool
+    ctx: click.Context, name: str, overrides: tuple[str, ...], out: Path | None, strict_cache: bool, dry_run: bool, log: tuple[str, ...], as_json: bool
 ) -> int:
     """Run a recipe.
 
@@ -168,7 +169,7 @@ def run(
     made, missing = _plan(name, overrides, out, strict_cache)
     if missing:
         raise MissingDependency(f"{name} was not started: {missing[0]['what']}", fix=missing[0]["fix"])
-    return run_plan(made, recipe_text=_text(name, overrides), as_json=as_json)
+    return run_plan(made, recipe_text=_text(name, overrides), as_json=as_json, log=log)
 
 
 def _text(name: str, overrides: tuple[str, ...]) -> str:

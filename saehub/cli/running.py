@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +18,22 @@ if TYPE_CHECKING:
     from saehub.pipeline.run import RunResult
 
 
-def run_plan(plan: Plan, *, recipe_text: str | None = None, as_json: bool = False, quiet: bool = False) -> int:
-    """Run and print (`quiet`: without results and farewell); errors of stages are raised by the pipeline and told by `failure`."""
+def run_plan(plan: Plan, *, recipe_text: str | None = None, as_json: bool = False, quiet: bool = False, log: Iterable[str] = ()) -> int:
+    """Run and print (`quiet`: without results and farewell); errors of stages are raised by the pipeline and told by `failure`.
+
+    `log` names loggers (`tensorboard`, `wandb`) that read the events too.
+    """
+    from saehub.report.loggers import loggers
+
+    readers = loggers(log)
+    try:
+        return _run_plan(plan, readers, recipe_text, as_json, quiet)
+    finally:
+        for reader in readers:
+            reader.close()
+
+
+def _run_plan(plan: Plan, readers: list[Any], recipe_text: str | None, as_json: bool, quiet: bool) -> int:
     from saehub.cli.failure import OK
     from saehub.jsonio import read_json
     from saehub.pipeline.evaluate import measurement
@@ -27,7 +41,7 @@ def run_plan(plan: Plan, *, recipe_text: str | None = None, as_json: bool = Fals
 
     if as_json:
         click.get_current_context().ensure_object(State).lines = True
-        result = run(plan, (json_line,), recipe_text=recipe_text)
+        result = run(plan, (json_line, *readers), recipe_text=recipe_text)
         if not quiet:
             out_json_line(summary(result))
         return OK
@@ -36,7 +50,7 @@ def run_plan(plan: Plan, *, recipe_text: str | None = None, as_json: bool = Fals
     say(f"run folder: {plan.run_dir}")
     try:
         with watcher() as watch:
-            result = run(plan, (watch,), recipe_text=recipe_text)
+            result = run(plan, (watch, *readers), recipe_text=recipe_text)
     except Interrupted:
         raise
     except SaehubError:
