@@ -1,4 +1,4 @@
-"""A dictionary_learning folder and rows in; what the library itself computes out. The only module that imports it."""
+"""A dictionary_learning folder and rows, or a trainer's name, in; what the library itself computes, or the class, out. The only module that imports it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saehub.capabilities import Library
+
 CHUNK_ROWS = 1024
+LIBRARY = Library("dictionary_learning", "dictionary-learning", written_for="0.1.0")
+USED = ("ae", "optimizer", "scheduler", "update")
+"""What the adapter uses of a trainer."""
+
+
+def trainer_class(path: str, settings: Mapping[str, Any]) -> type:
+    """A trainer of the library, `"package.module:Class"`; MissingDependency with both versions if it is gone, or no longer takes a setting."""
+    return LIBRARY.take(path, parameters=settings, attributes=["update", "config"])
 
 
 def build(dict_class: str, sizes: Mapping[str, Any], state: Mapping[str, Tensor], norm_factor: float | None):

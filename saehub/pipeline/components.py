@@ -39,7 +39,7 @@ class WorkerProcess:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
-            env={**os.environ, **_threads(), **env, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+            env={**os.environ, **_threads(), **env, "SAEHUB_WORKER": plugin, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
             text=True,
             errors="replace",
             start_new_session=True,  # Ctrl-C reaches us, who then stop the worker in order

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -69,5 +71,18 @@ def _extractor(spec: dict[str, Any], given: Any) -> Any:
     if given is not None:
         return given
     from saehub.pipeline.local import make_local
+    from saehub.plugins import catalog
 
-    return make_local("extractor", spec["extractor"]["address"], spec["extractor"]["config"])
+    address, config = spec["extractor"]["address"], spec["extractor"]["config"]
+    registered = catalog().find("extractor", address)
+    if registered.component.requires and os.environ.get("SAEHUB_WORKER") != registered.plugin:
+        return _workers().make(registered, config)  # another plugin's library stays out of this process
+    return make_local("extractor", address, config)
+
+
+@lru_cache(maxsize=1)
+def _workers() -> Any:
+    """The workers of this worker; they end with it."""
+    from saehub.pipeline.components import Components
+
+    return Components()

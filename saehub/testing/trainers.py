@@ -81,10 +81,18 @@ class Bench:
         return trainer.open(job, self.pool)
 
     def train(self, job: Job, steps: int | None = None, session: TrainerSession | None = None, start: int = 0) -> TrainerSession:
-        """Steps start … steps of a job."""
-        session = session or self.open(job)
-        for step in range(start, job.steps if steps is None else steps):
-            session.step(self.batch_at(step), *self.targets_at(step))
+        """Steps start … steps of a job; where the session is in a worker, many in one message, as in a run."""
+        from saehub.pipeline.components import Remote
+
+        session, stop = session or self.open(job), job.steps if steps is None else steps
+        remote = isinstance(session, Remote)
+        for step in range(start, stop, 64 if remote else 1):
+            rows = slice(step * self.batch, min(step + (64 if remote else 1), stop) * self.batch)
+            x_ND, y_ND = self.x_ND[rows].clone(), None if self.y_ND is None else self.y_ND[rows].clone()
+            if remote:
+                session.steps(x_ND, y_ND, self.batch)
+            else:
+                session.step(x_ND, *(() if y_ND is None else (y_ND,)))
         return session
 
 

@@ -164,6 +164,25 @@ def saebench(tmp: Path, word: str) -> dict:
     return arguments
 
 
+# dictionary_learning's penalties and rates are for long runs; 400 steps on planted features want more of both.
+DL = {**TRAIN, "lr": 1e-2}
+DL_REFUSES = [{"lr": -1.0}, {"expansion": 4.0}, {"warmup_steps": 1000}, {"decay_start": 0.01}]
+DL_TOPK = {"with_": {**DL, "k": 4}, "refuses": [*DL_REFUSES, {"k": 97}, {"k": 0}, {"threshold_beta": 1.0}, {"dead_after": 0}]}
+DL_ANNEAL = [*DL_REFUSES, {"resample_steps": 100}, {"sparsity_function": "Lp"}, {"anneal_end": 390}, {"anneal_start": 395}]
+DICTIONARY_LEARNING = {
+    "standard": {"with_": {**DL, "l1_penalty": 0.2}, "refuses": [*DL_REFUSES, {"resample_steps": 50, "decay_start": 0.8}]},
+    "standard_april": {"with_": {**DL, "l1_penalty": 0.2}, "refuses": DL_REFUSES},
+    "topk": DL_TOPK,
+    "batch_topk": {**DL_TOPK, "refuses": [*DL_TOPK["refuses"], {"threshold_start_step": 399}]},
+    "matryoshka_batch_topk": {
+        "with_": {**DL_TOPK["with_"], "group_fractions": [0.5, 0.5]},
+        "refuses": [*DL_TOPK["refuses"], {"group_fractions": [0.5, 0.4]}, {"group_fractions": [0.001, 0.999]}, {"group_weights": [1.0]}],
+    },
+    "jump_relu": {"with_": {**DL, "lr": 3e-3, "target_l0": 4.0, "bandwidth": 0.05}, "refuses": [*DL_REFUSES, {"bandwidth": 0.0}]},
+    "gated": {"with_": {**DL, "l1_penalty": 0.4}, "refuses": DL_REFUSES},
+    "p_anneal": {"with_": {**DL, "initial_sparsity_penalty": 0.2}, "refuses": DL_ANNEAL},
+    "gated_anneal": {"with_": {**DL, "initial_sparsity_penalty": 0.4}, "refuses": DL_ANNEAL},
+}
 ARGUMENTS = {
     "native/topk": lambda tmp: {
         "with_": {**TRAIN, "k": 4},
@@ -181,6 +200,8 @@ ARGUMENTS = {
         for word, with_ in SAELENS.items()
     },
     **{f"sparsify/{word}": (lambda tmp, word=word: sparsify(word)) for word in ("topk", "groupmax", "multi_topk", "transcoder", "skip_transcoder")},
+    **{f"dictionary_learning/{name}": (lambda tmp, given=given: dict(given)) for name, given in DICTIONARY_LEARNING.items()},
+    "dictionary_learning/evaluate": lambda tmp: {"with_": {"batch": 64, "batch_size": 8}},
     "native/files": lambda tmp: stored_activations(tmp / "activations"),
     "formats/circuit_tracer": lambda tmp: {"saes": placed_transcoders()},
     **{f"saebench/{word}": (lambda tmp, word=word: saebench(tmp, word)) for word in SAEBENCH},
