@@ -394,3 +394,19 @@ def test_a_temporal_sae_gets_sequences(stage, tmp_path):
     with torch.no_grad():
         error = (sae(x_BTD) - x_BTD)[tokens.keep(0, tokens.n_sequences)].double().square().sum(1).mean()
     assert rows["mse"].value == pytest.approx(float(error), rel=1e-5)
+
+
+def test_another_version_of_the_evals(stage, tmp_path, monkeypatch):
+    """A function that is gone is named with both versions; numbers of a version with other formulas do not pass for ours."""
+    import sae_lens.evals
+
+    from saehub.capabilities import Library
+
+    monkeypatch.setattr(Library, "installed", property(lambda self: "7.1.0"))
+    sae = fitted(stage, "resid_post.0")
+    rows = evaluated(stage, tmp_path / "newer", sae, "resid_post.0", n_eval_reconstruction_batches=1)
+    assert rows["mse"].definition == "saelens.evals.mse.v7_1_0/1" and rows["mse"].version == "sae-lens 7.1.0"
+    monkeypatch.delattr(sae_lens.evals, "get_featurewise_weight_based_metrics")
+    with pytest.raises(MissingDependency, match="sae-lens 7.1.0 is installed") as error:
+        evaluated(stage, tmp_path / "gone", sae, "resid_post.0")
+    assert "has no 'get_featurewise_weight_based_metrics'" in error.value.what
