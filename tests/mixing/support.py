@@ -43,7 +43,7 @@ CHEAP: dict[str, dict[str, Any]] = {
     "native/verdict": {},
     "saelens/evals": {"n_eval_reconstruction_batches": 1, "n_eval_sparsity_variance_batches": 2},
     "dictionary_learning/evaluate": {"loss_sequences": 8, "max_rows": 512},
-    "saebench/core": {"n_eval_reconstruction_batches": 1, "n_eval_sparsity_variance_batches": 2, "seeds": [0, 1]},
+    "saebench/core": {"n_eval_reconstruction_batches": 1, "n_eval_sparsity_variance_batches": 2, "batch_size_prompts": 8, "seeds": [0, 1]},
 }
 EXPENSIVE: dict[str, dict[str, Any]] = {
     "saebench/meta_structure": {"train_steps": 50, "seeds": [0, 1]},

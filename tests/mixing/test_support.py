@@ -26,7 +26,7 @@ def test_the_table_holds_every_trainer_and_every_cheap_evaluator():
 def test_a_part_of_the_table_is_what_happens_now(tmp_path):
     """One library's trainers of other classes, and a transcoder, under the evaluators of three libraries; saebench and dictionary_learning: `-m full`."""
     trainers = ["native/jumprelu", "saelens/batchtopk", "saelens/matching_pursuit", "sparsify/skip_transcoder"]
-    evaluators = ("native/core", "native/stability", "saelens/evals")
+    evaluators = ("native/core", "native/health", "native/stability", "saelens/evals")
     _, rows = support.run_all(trainers, {address: (support.CHEAP[address], trainers) for address in evaluators}, tmp_path)
     expected = support.parsed(support.written())
     for trainer in trainers:

@@ -40,3 +40,14 @@ def test_a_plan_says_what_will_not_be_measured(tmp_path):
     said = [text for text in plan.warnings if "will not measure" in text]
     assert len(said) == 1 and said[0].startswith("saelens/evals will not measure across, loaded: SAELens' evals compare")
     assert any(stage.id == "evaluate/saelens/evals/across" for stage in plan.of("evaluate"))  # the results say so too
+
+
+def test_an_sae_whose_encoder_is_its_decoder(tmp_path):
+    """Matching pursuit has no W_enc: native/stability matches along the decoder."""
+    import torch
+
+    from saehub_native.evaluate.stability.pairs import Dictionary
+
+    sae = random_sae("matching_pursuit", d_in=16)
+    directions = Dictionary.of(sae)
+    assert torch.equal(directions.encoder_FD, sae.tensors()["W_dec"]) and directions.decoder_FD.dtype == torch.float32

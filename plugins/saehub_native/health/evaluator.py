@@ -88,7 +88,9 @@ class HealthEvaluator:
         sizes = near.cluster_sizes()
         listed = {"pairs": near.pairs, "clusters": len(sizes), "largest": sizes[:20], "closest": near.closest(self.config.pairs)}
         out.over_latents("duplicate_share", (near.cosine_F >= self.config.duplicate_cosine).astype(float), f"cosine ≥ {self.config.duplicate_cosine:g}", listed)
-        if sae.config.d_in == sae.config.d_out and (subject.target_site or subject.site) == subject.site:
+        if "W_enc" not in tensors:
+            out.missing("encoder_decoder_cosine", f"a {sae.config.architecture} SAE has no encoder of its own: it is the decoder")
+        elif sae.config.d_in == sae.config.d_out and (subject.target_site or subject.site) == subject.site:
             out.over_latents("encoder_decoder_cosine", geometry.column_cosine(sae.W_enc, sae.W_dec))
         else:
             out.missing("encoder_decoder_cosine", "a transcoder's encoder and decoder live in different spaces")

@@ -29,8 +29,10 @@ class Dictionary:
 
     @classmethod
     def of(cls, sae: SAE) -> Dictionary:
-        """From an SAE's W_enc [d_in, F] and W_dec [F, d_out]."""
-        return cls(sae.W_enc.detach().T.float(), sae.W_dec.detach().float())
+        """From an SAE's W_enc [d_in, F] and W_dec [F, d_out]; an architecture without an encoder of its own reads along its decoder."""
+        tensors = sae.tensors()
+        decoder_FD = tensors["W_dec"].float()
+        return cls(tensors["W_enc"].T.float() if "W_enc" in tensors else decoder_FD, decoder_FD)
 
     @classmethod
     def random(cls, latents: int, width: int, seed: int, which: int) -> Dictionary:
