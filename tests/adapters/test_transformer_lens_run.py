@@ -38,8 +38,3 @@ def test_a_hub_id_through_the_bridge(tmp_path):
     assert {"fvu", "l0"} <= {row["metric"] for row in rows if row["status"] == "ok"}
     header = json.loads((tmp_path / "run/checkpoints/small/saehub.json").read_text())
     assert header["provenance"]["model"]["fingerprint"] == "hub:someone/tiny@abc123"
-    verified = subprocess.run(  # the golden probe's rows, that the bridge read, against a forward pass of ours
-        [sys.executable, "-m", "saehub.cli.main", "verify", str(tmp_path / "run/checkpoints/small"), "--model", "someone/tiny"],
-        env=env, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert verified.returncode == 0 and "site" in verified.stdout, verified.stdout + verified.stderr
