@@ -49,8 +49,8 @@ EXPENSIVE: dict[str, dict[str, Any]] = {
     "saebench/meta_structure": {"train_steps": 50, "seeds": [0, 1]},
     "saebench/sae_probes": {"dataset_names": ["5_hist_fig_ismale"], "ks": [1], "max_seq_len": 64, "include_llm_baseline": False, "seeds": [0, 1]},
 }
-REFERENCE = "reference"
-"""Id of one more SAE (native/topk, another seed), for evaluators that compare two."""
+REFERENCE = {False: "reference", True: "reference-across"}
+"""Ids of one more autoencoder and one more transcoder (native/topk, another seed), for evaluators that compare two."""
 RAN, IMPLIED = "ran", "implied by its SAE class"
 
 
@@ -78,14 +78,15 @@ def name_of(address: str) -> str:
 
 def recipe(trainers: Iterable[str], evaluators: dict[str, tuple[dict, list[str]]]) -> dict[str, Any]:
     """The recipe as data: every trainer on one stream, every evaluator on the trainers named beside it."""
-    train = [{"id": REFERENCE, "uses": "native/topk", "site": SITE, "seed": 1, "with": {**SIZE, **K}}]
+    sites = {False: {"site": SITE}, True: {"site": ACROSS[0], "target_site": ACROSS[1]}}
+    train = [{"id": name, "uses": "native/topk", **sites[across], "seed": 1, "with": {**SIZE, **K}} for across, name in REFERENCE.items()]
     for address in trainers:
-        site = {"site": ACROSS[0], "target_site": ACROSS[1]} if address in TRANSCODERS else {"site": SITE}
+        site = sites[address in TRANSCODERS]
         train.append({"id": name_of(address), "uses": address, **site, "with": {**SIZE, **TRAINERS[address]}})
     evaluate = []
     for address, (settings, subjects) in evaluators.items():
         if address == "native/stability":
-            evaluate += [{"id": f"with-{name_of(s)}", "uses": address, "with": settings, "saes": [REFERENCE, name_of(s)]} for s in subjects]
+            evaluate += [{"id": f"with-{name_of(s)}", "uses": address, "with": settings, "saes": [REFERENCE[s in TRANSCODERS], name_of(s)]} for s in subjects]
         else:
             evaluate.append({"id": name_of(address), "uses": address, "with": settings, "saes": [name_of(s) for s in subjects]})
     text = {"source": "builtin/python-docs", "tokens": 1_500}
