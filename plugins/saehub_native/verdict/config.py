@@ -29,7 +29,7 @@ class VerdictConfig:
     """Cross-entropy recovered from which reconstruction looks excellent."""
     excellent_random: float = 0.6
     """Where no loss was measured: share of the random directions' FVU up to which reconstruction looks excellent."""
-    adequate_random: float = 0.8
+    adequate_random: float = 0.75
     """The same, up to which it is adequate: what `good` asks for."""
     dead_mostly: float = 0.85
     """Dead share from which a dictionary is dead, whatever it reconstructs."""
