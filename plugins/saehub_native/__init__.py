@@ -54,7 +54,7 @@ def saehub_trainers() -> list[Component]:
 
 @hookimpl
 def saehub_evaluators() -> list[Component]:
-    """`native/core`, `native/health`, `native/stability` and `native/verdict`."""
+    """Everything that measures or judges: core, health, stability, paraphrase, drift, verdict."""
     return [
         Component(
             name="core",
@@ -76,6 +76,20 @@ def saehub_evaluators() -> list[Component]:
             config="saehub_native.evaluate.stability.config:StabilityConfig",
             needs=("model", "tokens", "sequences", "several_saes"),
             summary="what SAEs of one site share: exact matchings with a certified gap, by firing rate, beside random and untrained nulls",
+        ),
+        Component(
+            name="paraphrase",
+            target="saehub_native.evaluate.robust.paraphrase:ParaphraseEvaluator",
+            config="saehub_native.evaluate.robust.config:ParaphraseConfig",
+            needs=("model", "tokens", "sequences"),
+            summary="active latents of a text and of the same text put differently (six built-in ways, or your pairs), beside a null",
+        ),
+        Component(
+            name="drift",
+            target="saehub_native.evaluate.robust.drift:DriftEvaluator",
+            config="saehub_native.evaluate.robust.config:DriftConfig",
+            needs=("model", "tokens", "sequences"),
+            summary="firing rates on other text, and FVU, L0 and active latents at the same site of another model",
         ),
         Component(
             name="verdict",

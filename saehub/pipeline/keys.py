@@ -19,14 +19,16 @@ def stage_key(kind: str, **parts: Any) -> str:
 
 
 def component_identity(registered: Registered, config: Any) -> dict:
-    """Address, cache version, settings, and versions of the distributions it requires."""
+    """Address, cache version, settings, contents of the files that these name (`config.files()`), and versions of the distributions it requires."""
     versions = registered.library_versions()
     versions.pop(registered.distribution, None)
+    files = [path for path in (config.files() if callable(getattr(config, "files", None)) else ()) if Path(path).exists()]
     return {
         "address": registered.address,
         "cache_version": registered.component.cache_version,
         "config": plain_config(config),
         "libraries": versions,
+        **({"files": [tree_hash(Path(path)) for path in files]} if files else {}),
     }
 
 
