@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    from saehub.api import PlannedSAE
     from saehub_saebench.definitions import Definition
 
 SEEDS = (42, 43, 44)
@@ -26,8 +27,18 @@ def _check_positive(config: object, *names: str) -> None:
             raise ValueError(f"{name} is {value}; whole numbers from 1 are needed")
 
 
+class _Autoencoders:
+    """What every eval of SAEBench takes."""
+
+    def refusal(self, sae: PlannedSAE) -> str | None:
+        """Why a plan's SAE will not be measured, or None: what `admission.refusal` says again once it is there."""
+        if sae.kind not in (None, "autoencoder") or sae.target_site not in (None, sae.site):
+            return f"SAEBench puts the reconstruction back where it read: a {sae.kind or 'transcoder'} predicts another site"
+        return None
+
+
 @dataclass(frozen=True)
-class CoreConfig:
+class CoreConfig(_Autoencoders):
     """Settings of `saebench/core`: the paper's are 200 and 2000 batches of 16 × 128 tokens of openwebtext."""
 
     n_eval_reconstruction_batches: int | None = None
@@ -54,7 +65,7 @@ class CoreConfig:
 
 
 @dataclass(frozen=True)
-class MetaStructureConfig:
+class MetaStructureConfig(_Autoencoders):
     """Settings of `saebench/meta_structure`."""
 
     width_ratio: float = 0.25
@@ -87,7 +98,7 @@ SMALL_PROBES = ("117_us_state_FL", "118_us_state_CA", "119_us_state_TX")
 
 
 @dataclass(frozen=True)
-class SaeProbesConfig:
+class SaeProbesConfig(_Autoencoders):
     """Settings of `saebench/sae_probes`."""
 
     dataset_names: tuple[str, ...] = SMALL_PROBES
@@ -147,7 +158,7 @@ def _check_among(name: str, values: tuple[int, ...], allowed: tuple[int, ...]) -
 
 
 @dataclass(frozen=True)
-class SparseProbingConfig:
+class SparseProbingConfig(_Autoencoders):
     """Settings of `saebench/sparse_probing`: the defaults are the paper's."""
 
     dataset_names: tuple[str, ...] = PROBING
@@ -193,7 +204,7 @@ class SparseProbingConfig:
 
 
 @dataclass(frozen=True)
-class _PerturbationConfig:
+class _PerturbationConfig(_Autoencoders):
     """What SCR and TPP share; the defaults are the paper's."""
 
     dataset_names: tuple[str, ...] = (BIOS, AMAZON)
@@ -269,7 +280,7 @@ class TppConfig(_PerturbationConfig):
 
 
 @dataclass(frozen=True)
-class AbsorptionConfig:
+class AbsorptionConfig(_Autoencoders):
     """Settings of `saebench/absorption`; the defaults are SAEBench's. Models of at least 2 billion parameters are recommended."""
 
     f1_jump_threshold: float = 0.03
@@ -314,7 +325,7 @@ class AbsorptionConfig:
 
 
 @dataclass(frozen=True)
-class AutointerpConfig:
+class AutointerpConfig(_Autoencoders):
     """Settings of `saebench/autointerp`; the paper's, but for the text, which is the recipe's (there: 2 million tokens of the Pile)."""
 
     n_latents: int = 1000

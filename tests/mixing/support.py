@@ -32,7 +32,7 @@ TRAINERS: dict[str, dict[str, Any]] = {
     **{f"dictionary_learning/{word}": K for word in ("topk", "batch_topk", "matryoshka_batch_topk")},
     "dictionary_learning/jump_relu": L0,
     **{f"dictionary_learning/{word}": {} for word in ("standard", "standard_april", "gated")},
-    **{f"dictionary_learning/{word}": {"p_end": 0.5} for word in ("p_anneal", "gated_anneal")},
+    **{f"dictionary_learning/{word}": {"p_end": 0.5, "n_sparsity_updates": 2} for word in ("p_anneal", "gated_anneal")},
 }
 """Trainer -> settings beside SIZE."""
 TRANSCODERS = ("sparsify/transcoder", "sparsify/skip_transcoder")

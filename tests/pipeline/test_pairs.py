@@ -26,6 +26,7 @@ saes:
   - {{id: loaded, load: "{folder}/skip"}}
 evaluate:
   - {{uses: saelens/evals}}
+  - {{uses: saebench/core}}
   - {{uses: native/core}}
 """
 
@@ -38,7 +39,8 @@ def test_a_plan_says_what_will_not_be_measured(tmp_path):
     assert not [problem for problem in problems if problem.severity == "error"]
     plan = make_plan(recipe, catalog(), base=tmp_path / "home")
     said = [text for text in plan.warnings if "will not measure" in text]
-    assert len(said) == 1 and said[0].startswith("saelens/evals will not measure across, loaded: SAELens' evals compare")
+    assert len(said) == 3 and said[0].startswith("saelens/evals will not measure across, loaded: SAELens' evals compare")
+    assert [text.partition(":")[0] for text in said[1:]] == ["saebench/core will not measure across", "saebench/core will not measure loaded"]
     assert any(stage.id == "evaluate/saelens/evals/across" for stage in plan.of("evaluate"))  # the results say so too
 
 
