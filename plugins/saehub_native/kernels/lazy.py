@@ -50,9 +50,10 @@ class RowSums:
 
     def slots_F(self) -> Tensor:
         """int32 [F]: which dense row belongs to a latent, or −1."""
-        slots_F = torch.full((self.shape[0],), -1, dtype=torch.int32)
+        device = self.parts[0].source_BD.device
+        slots_F = torch.full((self.shape[0],), -1, dtype=torch.int32, device=device)
         if self.extra is not None:
-            slots_F[self.extra[0]] = torch.arange(self.extra[0].numel(), dtype=torch.int32)
+            slots_F[self.extra[0]] = torch.arange(self.extra[0].numel(), dtype=torch.int32, device=device)
         return slots_F
 
     def dense(self, weight_FD: Tensor | None = None) -> Tensor:
