@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from saehub_native.kernels.lazy import RowSums
 
 CHOICE = "SAEHUB_KERNELS"
-"""Environment variable: `reference`, or `cpu`, `cpu:int8`, `cpu:bfloat16`, `cpu:float32`, in place of what the machine suggests."""
+"""Environment variable: `reference`, or `cpu`, `cpu:int8`, `cpu:bfloat16`, `cpu:float32`, or `gpu`, in place of what the machine suggests."""
 
 
 Rule = Literal["top", "abs", "group"]
@@ -105,8 +105,11 @@ def pick(device: str, name: str | None = None) -> Kernels:
 
     from saehub.errors import StageFailed
 
-    compiled = device.partition(":")[0] == "cpu" and find_spec("numba") is not None
+    processor = device.partition(":")[0]
+    compiled = processor == "cpu" and find_spec("numba") is not None
     there = ["cpu", "reference"] if compiled else ["reference"]
+    if find_spec("triton") is not None and (processor == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"):
+        there.append("gpu")  # last: it is not chosen by itself before it was measured on a GPU
     chosen = name or os.environ.get(CHOICE) or there[0]
     base, _, kind = chosen.partition(":")
     if base not in there or kind not in ("", *(("int8", "bfloat16", "float32") if base == "cpu" else ())):
@@ -118,6 +121,10 @@ def pick(device: str, name: str | None = None) -> Kernels:
             if name
             else f"unset {CHOICE}",
         )
+    if base == "gpu":
+        from saehub_native.kernels.gpu import GpuKernels
+
+        return GpuKernels()
     if base == "cpu":
         from saehub_native.kernels.cpu import CpuKernels
 

@@ -27,7 +27,7 @@ def missed_rows(x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, values_BK: Tens
     bar_B1 = exact_BF.topk(min(k, exact_BF.shape[1]), dim=1).values[:, -1:].clamp_min(0)
     selected_BF = torch.zeros_like(exact_BF, dtype=torch.bool)
     active_BK = values_BK != 0
-    rows_BK = torch.arange(x.shape[0]).unsqueeze(1).expand_as(indices_BK)
+    rows_BK = torch.arange(x.shape[0], device=x.device).unsqueeze(1).expand_as(indices_BK)
     selected_BF[rows_BK[active_BK], indices_BK[active_BK]] = True
     below = selected_BF & (exact_BF < bar_B1 - slack_BF)
     above = ~selected_BF & (exact_BF > bar_B1 + slack_BF)
