@@ -30,6 +30,44 @@ def _add(factor, source, total):
         total[i] += factor * source[i]
 
 
+# Four at a time: rows of weights come from far memory, and four streams of loads overlap where one would wait.
+
+
+@jit
+def _dots(a_D, W_FD, index_C, count, out_C):
+    """out_C[c] = ⟨a, W[index_C[c]]⟩ for c < count."""
+    d, c = a_D.shape[0], 0
+    while c + 4 <= count:
+        p, q, r, s = W_FD[index_C[c]], W_FD[index_C[c + 1]], W_FD[index_C[c + 2]], W_FD[index_C[c + 3]]
+        t0, t1, t2, t3 = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
+        for i in range(d):
+            a = a_D[i]
+            t0 += a * p[i]
+            t1 += a * q[i]
+            t2 += a * r[i]
+            t3 += a * s[i]
+        out_C[c], out_C[c + 1], out_C[c + 2], out_C[c + 3] = t0, t1, t2, t3
+        c += 4
+    while c < count:
+        out_C[c] = _dot(a_D, W_FD[index_C[c]])
+        c += 1
+
+
+@jit
+def _weighted_sum(weight_C, W_FD, index_C, count, total_D):
+    """total += Σ_{c < count} weight_C[c] W[index_C[c]]."""
+    d, c = total_D.shape[0], 0
+    while c + 4 <= count:
+        p, q, r, s = W_FD[index_C[c]], W_FD[index_C[c + 1]], W_FD[index_C[c + 2]], W_FD[index_C[c + 3]]
+        w0, w1, w2, w3 = weight_C[c], weight_C[c + 1], weight_C[c + 2], weight_C[c + 3]
+        for i in range(d):
+            total_D[i] += (w0 * p[i] + w1 * q[i]) + (w2 * r[i] + w3 * s[i])
+        c += 4
+    while c < count:
+        _add(weight_C[c], W_FD[index_C[c]], total_D)
+        c += 1
+
+
 # Rows for the ranking product
 
 
@@ -201,10 +239,11 @@ def _select(x_D, W_enc_FD, b_enc_F, keys_F, by_size, k, r, guard, maxima_G, foun
     need, again, last = min(n, k + r), 0, np.int32(0)
     while True:
         m, t = _open(keys_F, need, group_size(n, need), maxima_G, found_C)
+        _dots(x_D, W_enc_FD, found_C, m, value_C)
         square = np.float32(0)
         for c in range(m):
             f = found_C[c]
-            value = _dot(x_D, W_enc_FD[f]) + b_enc_F[f]
+            value = value_C[c] + b_enc_F[f]
             value_C[c] = value
             value = abs(value) if by_size else value
             ordered_C[c] = value
@@ -270,18 +309,25 @@ def reconstruct_rows(start, stop, target_BD, index_BK, value_BK, W_dec_FD, weigh
     """residual = target − Σ_j v_j W_dec[i_j], grad = −2 weight residual, δ_j = ⟨grad, W_dec[i_j]⟩·[v_j ≠ 0], error = |residual|², while the
     rows of W_dec are in cache. `residual_BD` may be `target_BD`."""
     d, width = target_BD.shape[1], index_BK.shape[1]
+    active_K, index_K = np.empty(width, np.int64), np.empty(width, np.int64)
+    value_K, delta_K = np.empty(width, np.float32), np.empty(width, np.float32)
     for b in range(start, stop):
+        n = 0
+        for j in range(width):
+            if value_BK[b, j] != 0:
+                active_K[n], index_K[n], value_K[n] = j, index_BK[b, j], -value_BK[b, j]
+                n += 1
+            delta_BK[b, j] = 0
         e_D, g_D = residual_BD[b], grad_BD[b]
         for i in range(d):
             e_D[i] = target_BD[b, i]
-        for j in range(width):
-            if value_BK[b, j] != 0:
-                _add(-value_BK[b, j], W_dec_FD[index_BK[b, j]], e_D)
+        _weighted_sum(value_K, W_dec_FD, index_K, n, e_D)
         error_B[b] = _dot(e_D, e_D)
         for i in range(d):
             g_D[i] = np.float32(-2) * weight * e_D[i]
-        for j in range(width):
-            delta_BK[b, j] = _dot(g_D, W_dec_FD[index_BK[b, j]]) if value_BK[b, j] != 0 else 0
+        _dots(g_D, W_dec_FD, index_K, n, delta_K)
+        for j in range(n):
+            delta_BK[b, active_K[j]] = delta_K[j]
 
 
 @jit
@@ -320,8 +366,12 @@ def _sum_pairs(f, offset_F, row_N, place_N, weight_N, source_BD, slot_F, extra_E
     """total = Σ w source over the pairs of f, plus its row of `extra` if it has one. Whether there was anything."""
     for i in range(total_D.shape[0]):
         total_D[i] = 0
-    for q in range(offset_F[f], offset_F[f + 1]):
-        _add(weight_N[place_N[q]], source_BD[row_N[q]], total_D)
+    weight_4 = np.empty(4, np.float32)
+    for first in range(offset_F[f], offset_F[f + 1], 4):
+        n = min(4, offset_F[f + 1] - first)
+        for q in range(n):
+            weight_4[q] = weight_N[place_N[first + q]]
+        _weighted_sum(weight_4, source_BD, row_N[first : first + n], n, total_D)
     s = slot_F[f]
     if s >= 0:
         _add(np.float32(1), extra_ED[s], total_D)

@@ -17,7 +17,7 @@ KINDS = ("float32", "bfloat16", "int8")
 """The numbers that `cpu_loops` knows them by are their places here."""
 CHUNK_BYTES = 16 << 20  # scores of one chunk: they are read right after they are written, from the last cache
 ROWS_A_PIECE = 64
-LATENTS_A_PIECE = 128
+LATENTS_A_PIECE = 512
 
 
 def best_kind() -> str:
