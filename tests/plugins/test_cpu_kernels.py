@@ -80,6 +80,29 @@ def test_selection_is_the_float32_one(kind, rows, d, latents, k, rule, outliers)
     assert kernels.missed == 0 and kernels.cautions() == []
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", ["plain", "outliers", "few positive", "uneven rows"])
+def test_selection_over_a_batch_is_the_float32_one_whatever_was_guessed_before(kind, case):
+    x, W, b = problem(130, 48, 640, outliers=case == "outliers")
+    b = b - 4.0 if case == "few positive" else b
+    if case == "uneven rows":
+        x[:10] *= 8
+    kernels = CpuKernels(kind)
+    values, indices = kernels.encode_select_batch(x, W, b, 6)
+    exact = x.double() @ W.double().T + b.double()
+    found = torch.zeros_like(exact).scatter_add(1, indices, values.double())
+    expected = torch.where((exact >= exact.flatten().topk(6 * 130).values[-1]) & (exact > 0), exact, 0)
+    slack = 8 * 2.0**-24 * (x.double().norm(dim=1)[:, None] * W.double().norm(dim=1) + b.double().abs())
+    cut = expected[expected > 0].min()
+    sure = (exact - cut).abs() > slack
+    assert torch.equal((found != 0)[sure], (expected != 0)[sure]) and torch.allclose(found[sure], expected[sure], atol=1e-4)
+    assert case == "few positive" or int((values > 0).sum()) == 6 * 130
+    assert kernels.missed == 0
+    kernels.encode_select_batch(3 * x.flip(0), W, b + 1, 6)  # other guesses
+    again = kernels.encode_select_batch(x, W, b, 6)
+    assert torch.equal(again[0], values) and torch.equal(again[1], indices)
+
+
 def test_rows_whose_scores_are_too_coarse_get_more_candidates():
     """Latents in near-equal pairs: their scores differ by less than int8 resolves, so k + r candidates would not do."""
     x, W, b = problem(64, 64, 1024)

@@ -11,9 +11,20 @@ LATENTS = 4096
 """Latents a product in float64, so that no float64 copy of all weights exists."""
 
 
-def missed_rows(x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, values_BK: Tensor, indices_BK: Tensor, k: int, *, by_size: bool = False) -> Tensor:
-    """bool [B]: rows in which a selected latent lies below the k-th largest float64 pre-activation, or an unselected one above it, by more than
-    8u (|x| |w_f| + |b_f|); of pre-activations through a ReLU, so that what is not positive need not be selected.
+def missed_rows(
+    x_BD: Tensor,
+    W_enc_FD: Tensor,
+    b_enc_F: Tensor,
+    values_BK: Tensor,
+    indices_BK: Tensor,
+    k: int,
+    rule: str = "top",
+    cut: float = 0.0,
+) -> Tensor:
+    """bool [B]: rows in which a selected latent lies below the bar, or an unselected one above it, by more than 8u (|x| |w_f| + |b_f|), in float64.
+
+    The bar is the row's k-th largest pre-activation (`top`), or absolute value (`abs`); the largest of each of k groups (`group`); or `cut`
+    (`batch`). What is not positive need not be selected.
     """
     x = x_BD.double()
     parts, scales = [], []
@@ -23,12 +34,19 @@ def missed_rows(x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, values_BK: Tens
         parts.append(x @ W.T + b)
         scales.append(x.norm(dim=1, keepdim=True) * W.norm(dim=1) + b.abs())
     exact_BF, slack_BF = torch.cat(parts, 1), torch.cat(scales, 1) * (8 * UNIT)
-    exact_BF = exact_BF.abs() if by_size else exact_BF
-    bar_B1 = exact_BF.topk(min(k, exact_BF.shape[1]), dim=1).values[:, -1:].clamp_min(0)
+    exact_BF = exact_BF.abs() if rule == "abs" else exact_BF
+    if rule == "batch":
+        bar_BF = torch.full_like(exact_BF[:, :1], cut)
+    elif rule == "group":
+        groups_BKG = exact_BF.view(len(x), k, -1)
+        bar_BF = groups_BKG.amax(2, keepdim=True).expand_as(groups_BKG).reshape_as(exact_BF)
+    else:
+        bar_BF = exact_BF.topk(min(k, exact_BF.shape[1]), dim=1).values[:, -1:]
+    bar_BF = bar_BF.clamp_min(0)
     selected_BF = torch.zeros_like(exact_BF, dtype=torch.bool)
     active_BK = values_BK != 0
     rows_BK = torch.arange(x.shape[0], device=x.device).unsqueeze(1).expand_as(indices_BK)
     selected_BF[rows_BK[active_BK], indices_BK[active_BK]] = True
-    below = selected_BF & (exact_BF < bar_B1 - slack_BF)
-    above = ~selected_BF & (exact_BF > bar_B1 + slack_BF)
+    below = selected_BF & (exact_BF < bar_BF - slack_BF)
+    above = ~selected_BF & (exact_BF > bar_BF + slack_BF)
     return (below | above).any(1)

@@ -55,6 +55,8 @@ class CpuKernels(ReferenceKernels):
         self.r, self.selections, self.audited, self.missed = R_START, 0, 0, 0
         self.exact_a_row = 0.0
         """Values computed exactly in a row of the last batch, on average."""
+        self._low: float | None = None  # guesses for the next batch of `encode_select_batch`: they change the time, not the result
+        self._places = 0
 
     # ------------------------------------------------------------------ state
     def state(self) -> dict[str, Any]:
@@ -81,23 +83,18 @@ class CpuKernels(ReferenceKernels):
 
     # ------------------------------------------------------------------ selection
     def encode_select(self, x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, k: int, rule: str = "top") -> tuple[Tensor, Tensor]:
-        if rule not in ("top", "abs"):
-            return super().encode_select(x_BD, W_enc_FD, b_enc_F, k, rule)
         x_BD = x_BD.contiguous()
-        values_BK, indices_BK = self._select(x_BD, W_enc_FD, b_enc_F, k, rule == "abs")
-        if self.selections % AUDIT_EVERY == 0:
-            self._audit(x_BD, W_enc_FD, b_enc_F, values_BK, indices_BK, k, rule == "abs")
-        self.selections += 1
+        values_BK, indices_BK = self._select(x_BD, W_enc_FD, b_enc_F, k, rule)
+        if self._audit_due():
+            self._audit(x_BD, W_enc_FD, b_enc_F, values_BK, indices_BK, k, rule)
         return values_BK, indices_BK
 
-    def _select(self, x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, k: int, by_size: bool) -> tuple[Tensor, Tensor]:
+    def _scored(self, x_BD: Tensor, W_enc_FD: Tensor, loop: Any) -> None:
+        """Call `loop(start, stop, at, kind, scores32, scores16, latent scales, row scales)` over all rows, a chunk of scores at a time."""
         ranker, n_rows = self.ranker, x_BD.shape[0]
         ranker.prepare(x_BD, W_enc_FD)
         low_BD, scale_B = ranker.rows(x_BD)
-        values_BK, indices_BK = torch.empty(n_rows, k), torch.empty(n_rows, k, dtype=torch.int64)
-        exact_B, again_B = torch.zeros(n_rows, dtype=torch.int32), torch.zeros(n_rows, dtype=torch.int32)
-        rest = (ranker.low_scale_F.numpy(), scale_B.numpy(), x_BD.numpy(), W_enc_FD.numpy(), b_enc_F.numpy(), k, self.r, GUARD)
-        out = (indices_BK.numpy(), values_BK.numpy(), exact_B.numpy(), again_B.numpy())
+        scales = ranker.low_scale_F.numpy(), scale_B.numpy()
         chunk = ranker.chunk(n_rows, W_enc_FD.shape[0])
         for at in range(0, n_rows, chunk):
             stop = min(n_rows, at + chunk)
@@ -105,19 +102,95 @@ class CpuKernels(ReferenceKernels):
 
             def piece(i: int, at: int = at, stop: int = stop, scores: tuple = scores) -> None:
                 first = at + i * ROWS_A_PIECE
-                self.loops.select_rows(first, min(stop, first + ROWS_A_PIECE), at, ranker.code, by_size, *scores, *rest, *out)
+                loop(first, min(stop, first + ROWS_A_PIECE), at, ranker.code, *scores, *scales)
 
             self.team.run(piece, -(-(stop - at) // ROWS_A_PIECE))
+
+    def _select(self, x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, k: int, rule: str) -> tuple[Tensor, Tensor]:
+        n_rows = x_BD.shape[0]
+        values_BK, indices_BK = torch.empty(n_rows, k), torch.empty(n_rows, k, dtype=torch.int64)
+        exact_B, again_B = torch.zeros(n_rows, dtype=torch.int32), torch.zeros(n_rows, dtype=torch.int32)
+        inputs = (x_BD.numpy(), W_enc_FD.numpy(), b_enc_F.numpy(), k)
+        out = (indices_BK.numpy(), values_BK.numpy(), exact_B.numpy())
+        if rule == "group":
+            self._scored(x_BD, W_enc_FD, lambda *scores: self.loops.group_rows(*scores, *inputs, GUARD, *out))
+        else:
+            by_size, again = rule == "abs", again_B.numpy()
+            self._scored(x_BD, W_enc_FD, lambda *scores: self.loops.select_rows(*scores, by_size, *inputs, self.r, GUARD, *out, again))
         self.exact_a_row = float(exact_B.sum()) / max(1, n_rows)
         return values_BK, indices_BK
 
+    # ------------------------------------------------------------------ selection over a batch
+    def encode_select_batch(self, x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """As the protocol says. T is the k·B-th largest score; all latents with a score within δ_b of T are computed exactly, and the k·B
+        largest exact values are the selection. δ_b = GUARD · ρ · u_b, with u_b = |x_b| + its quantum times √d, and ρ the root mean square of
+        (value − score)/u over the scores that reach T."""
+        x_BD, n_rows, n_latents = x_BD.contiguous(), x_BD.shape[0], W_enc_FD.shape[0]
+        wanted = k * n_rows
+        if 8 * k >= n_latents or not bool(x_BD.isfinite().all()):
+            return super().encode_select_batch(x_BD, W_enc_FD, b_enc_F, k)
+        x, W, b = x_BD.numpy(), W_enc_FD.numpy(), b_enc_F.numpy()
+        row_pieces = lambda loop, *arrays: self.team.run(*pieces(loop, n_rows, ROWS_A_PIECE, arrays))  # noqa: E731
+        while True:
+            if self._low is None:
+                self._low = self._first_low(x_BD, W_enc_FD, b_enc_F, k)
+            low, places = self._low, max(self._places, 4 * k)
+            indices_BM, scores_BM = torch.empty(n_rows, places, dtype=torch.int32), torch.empty(n_rows, places)
+            count_B = torch.zeros(n_rows, dtype=torch.int32)
+            index, score, count = indices_BM.numpy(), scores_BM.numpy(), count_B.numpy()
+            self._scored(x_BD, W_enc_FD, lambda *scores: self.loops.collect_rows(*scores, b, np.float32(low), index, score, count))  # noqa: B023
+            if int(count_B.max()) > places:
+                self._places = min(n_latents, 2 * places)
+                continue
+            there_BM = torch.arange(places) < count_B[:, None]
+            found_N = scores_BM[there_BM]
+            if found_N.numel() < wanted and low > 0:
+                self._low = 0.5 * low if low > 1e-6 * float(W_enc_FD.abs().max()) else -abs(low) - 1e-6
+                continue
+            bar = float(torch.kthvalue(found_N, found_N.numel() - wanted + 1).values) if found_N.numel() >= wanted else 0.0
+            bar = max(bar, 0.0)
+            values_BM = torch.full_like(scores_BM, -math.inf)
+            error_B, exact_B = torch.zeros(n_rows), torch.zeros(n_rows, dtype=torch.int32)
+            unit_B = x_BD.norm(dim=1) + (self.ranker.rows(x_BD)[1] * x_BD.shape[1] ** 0.5 if self.ranker.kind == "int8" else 0.0) + 1e-30
+            both = (values_BM.numpy(), unit_B.numpy(), error_B.numpy(), exact_B.numpy())
+            row_pieces(self.loops.exact_rows, x, W, b, index, score, count, np.full(n_rows, bar, np.float32), np.float32(math.inf), *both)
+            rms = math.sqrt(float(error_B.double().sum()) / max(1, int(exact_B.sum())))
+            reach_B = (bar - GUARD * rms * unit_B).float()
+            lowest = float(reach_B.min())
+            if lowest < low:
+                self._low = lowest - 0.5 * (bar - lowest)
+                continue
+            self._low = lowest - 0.5 * (bar - lowest)  # where the next batch begins to collect: it changes the time, not the result
+            row_pieces(self.loops.exact_rows, x, W, b, index, score, count, reach_B.numpy(), np.float32(bar), *both)
+            break
+        exact_N = values_BM[values_BM > 0]
+        cut = float(torch.kthvalue(exact_N, exact_N.numel() - wanted + 1).values) if exact_N.numel() >= wanted else 0.0
+        fullest = max(1, int(((values_BM >= cut) & (values_BM > 0)).sum(1).max()))
+        values_BK, indices_BK = torch.empty(n_rows, fullest), torch.empty(n_rows, fullest, dtype=torch.int64)
+        row_pieces(self.loops.pack_rows, np.float32(cut), index, values_BM.numpy(), count, indices_BK.numpy(), values_BK.numpy())
+        self.exact_a_row = float(exact_B.sum()) / n_rows
+        if self._audit_due():
+            self._audit(x_BD, W_enc_FD, b_enc_F, values_BK, indices_BK, k, "batch", cut)
+        return values_BK, indices_BK
+
+    def _first_low(self, x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, k: int) -> float:
+        """A score to collect from, for a first batch: what 2k scores a row of some rows reach."""
+        scores_SF = torch.addmm(b_enc_F, x_BD[:64], W_enc_FD.t())
+        kth = torch.kthvalue(scores_SF.flatten(), scores_SF.numel() - min(scores_SF.numel() - 1, 2 * k * len(scores_SF))).values
+        return float(kth)
+
+    # ------------------------------------------------------------------ audit
+    def _audit_due(self) -> bool:
+        self.selections += 1
+        return self.selections % AUDIT_EVERY == 1 or AUDIT_EVERY == 1
+
     def _audit(
-        self, x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, values_BK: Tensor, indices_BK: Tensor, k: int, by_size: bool
+        self, x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, values_BK: Tensor, indices_BK: Tensor, k: int, rule: str, cut: float = 0.0
     ) -> None:
         """Compare some rows, drawn from the number of the selection, with float64; raise r, or the precision, after a miss."""
         n_rows = x_BD.shape[0]
         rows_A = torch.randperm(n_rows, generator=generator("audit", self.selections))[:AUDIT_ROWS]
-        missed = missed_rows(x_BD[rows_A], W_enc_FD, b_enc_F, values_BK[rows_A], indices_BK[rows_A], k, by_size=by_size)
+        missed = missed_rows(x_BD[rows_A], W_enc_FD, b_enc_F, values_BK[rows_A], indices_BK[rows_A], k, rule, cut)
         self.audited += len(rows_A)
         if bool(missed.any()) and bool(x_BD.isfinite().all()):
             self.missed += int(missed.sum())

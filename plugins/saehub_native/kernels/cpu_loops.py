@@ -279,7 +279,7 @@ def _select(x_D, W_enc_FD, b_enc_F, keys_F, by_size, k, r, guard, maxima_G, foun
 
 @jit
 def select_rows(
-    start, stop, at, kind, by_size, scores32_CF, scores16_CF, scale_F, row_scale_B, x_BD, W_enc_FD, b_enc_F, k, r, guard, index_BK, value_BK,
+    start, stop, at, kind, scores32_CF, scores16_CF, scale_F, row_scale_B, by_size, x_BD, W_enc_FD, b_enc_F, k, r, guard, index_BK, value_BK,
     exact_B, again_B,
 ):  # fmt: skip
     """The top k of rows start … stop − 1, whose scores begin at row `at` of the batch. A place that is not filled has the value 0 at latent 0."""
@@ -298,6 +298,121 @@ def select_rows(
         for j in range(taken):
             index_BK[b, j], value_BK[b, j] = found_C[j], value_C[j]
         for j in range(taken, k):
+            index_BK[b, j], value_BK[b, j] = 0, 0
+
+
+@jit
+def group_rows(
+    start, stop, at, kind, scores32_CF, scores16_CF, scale_F, row_scale_B, x_BD, W_enc_FD, b_enc_F, k, guard, index_BK, value_BK, exact_B
+):  # fmt: skip
+    """The largest of each of k contiguous groups of latents, through a ReLU. Every latent whose score comes within `guard` root mean square
+    errors of the exact value of its group's best score is computed exactly."""
+    n = W_enc_FD.shape[0]
+    size = n // k
+    keys_F = np.empty(n, np.int32)
+    floats_F = keys_F.view(np.float32)
+    best_K, value_K = np.empty(k, np.int64), np.empty(k, np.float32)
+    for b in range(start, stop):
+        _load_keys(kind, False, scores32_CF[b - at], scores16_CF[b - at], scale_F, row_scale_B[b], b_enc_F, keys_F, floats_F)
+        for j in range(k):
+            best = j * size
+            for f in range(j * size, (j + 1) * size):
+                if keys_F[f] > keys_F[best]:
+                    best = f
+            best_K[j] = best
+        for f in range(n):
+            keys_F[f] = _flipped(keys_F[f])
+        _dots(x_BD[b], W_enc_FD, best_K, k, value_K)
+        square, m = np.float32(0), k
+        for j in range(k):
+            value_K[j] += b_enc_F[best_K[j]]
+            miss = value_K[j] - floats_F[best_K[j]]
+            square += miss * miss
+        slack = guard * np.sqrt(square / np.float32(k))
+        for j in range(k):
+            first, bar = best_K[j], value_K[j] - slack
+            for f in range(j * size, (j + 1) * size):
+                if f != first and (floats_F[f] >= bar or not (slack < np.inf)):
+                    value = _dot(x_BD[b], W_enc_FD[f]) + b_enc_F[f]
+                    m += 1
+                    if value > value_K[j]:
+                        best_K[j], value_K[j] = f, value
+            index_BK[b, j], value_BK[b, j] = best_K[j], max(value_K[j], np.float32(0))
+        exact_B[b] = m
+
+
+# Selection over a batch
+
+
+@jit
+def collect_rows(start, stop, at, kind, scores32_CF, scores16_CF, scale_F, row_scale_B, b_enc_F, low, index_BM, score_BM, count_B):
+    """All latents of each row whose score is at least `low` (float32), with their scores. A row with more than there are places stops there,
+    and counts one more."""
+    n, places = scale_F.shape[0], index_BM.shape[1]
+    keys_F = np.empty(n, np.int32)
+    floats_F = keys_F.view(np.float32)
+    for b in range(start, stop):
+        _load_keys(kind, False, scores32_CF[b - at], scores16_CF[b - at], scale_F, row_scale_B[b], b_enc_F, keys_F, floats_F)
+        bound = _key(low)
+        m = 0
+        for first in range(0, n, 64):
+            last = min(n, first + 64)
+            top = np.int32(-2147483648)
+            for f in range(first, last):
+                top = keys_F[f] if keys_F[f] > top else top
+            if top >= bound:
+                for f in range(first, last):
+                    if keys_F[f] >= bound:
+                        if m < places:
+                            index_BM[b, m] = f
+                            keys_F[m] = keys_F[f]  # m ≤ f: what stood there has been read
+                        m += 1
+        count_B[b] = min(m, places + 1)
+        for c in range(min(m, places)):
+            keys_F[c] = _flipped(keys_F[c])
+        for c in range(min(m, places)):
+            score_BM[b, c] = floats_F[c]
+
+
+@jit
+def _key(value):
+    one = np.empty(1, np.float32)
+    one[0] = value
+    return _flipped(one.view(np.int32)[0])
+
+
+@jit
+def exact_rows(start, stop, x_BD, W_enc_FD, b_enc_F, index_BM, score_BM, count_B, low_B, high, value_BM, unit_B, error_B, exact_B):
+    """Exact values of the collected latents with low_B[b] ≤ score < high; error_B[b] += Σ ((value − score) / unit_b)², exact_B[b] += how many."""
+    places = index_BM.shape[1]
+    place_M, wanted_M, found_M = np.empty(places, np.int64), np.empty(places, np.int64), np.empty(places, np.float32)
+    for b in range(start, stop):
+        m = 0
+        for c in range(count_B[b]):
+            if score_BM[b, c] >= low_B[b] and score_BM[b, c] < high:
+                place_M[m], wanted_M[m] = c, index_BM[b, c]
+                m += 1
+        _dots(x_BD[b], W_enc_FD, wanted_M, m, found_M)
+        total = np.float32(0)
+        for j in range(m):
+            value = found_M[j] + b_enc_F[wanted_M[j]]
+            value_BM[b, place_M[j]] = value
+            miss = (value - score_BM[b, place_M[j]]) / unit_B[b]
+            total += miss * miss
+        error_B[b] += total
+        exact_B[b] += m
+
+
+@jit
+def pack_rows(start, stop, cut, index_BM, value_BM, count_B, index_BK, value_BK):
+    """The pairs whose value is positive and at least `cut`, to the front of each row; zeros behind them."""
+    for b in range(start, stop):
+        m = 0
+        for c in range(count_B[b]):
+            if value_BM[b, c] >= cut and value_BM[b, c] > 0:
+                index_BK[b, m], value_BK[b, m] = index_BM[b, c], value_BM[b, c]
+                m += 1
+        for j in range(m, index_BK.shape[1]):
             index_BK[b, j], value_BK[b, j] = 0, 0
 
 
