@@ -56,8 +56,9 @@ class Sparse(Base):
         grads, loss, residual_BD, grad_BD, squared_error = self.reconstruction(params, centred_BD, target_BD, values_BK, indices_BK, weight)
         signed = self.rule == "abs"
         loss = loss + add_auxk(
-            grads, params, centred_BD, residual_BD, dead_F, k_aux=config.aux_latents(self.job), alpha=config.auxk_alpha, signed=signed
-        )
+            grads, params, centred_BD, residual_BD, dead_F,
+            k_aux=config.aux_latents(self.job), alpha=config.auxk_alpha, signed=signed, kernels=self.kernels,
+        )  # fmt: skip
         self.outer_gradients(grads, params, grads["b_enc"], grad_BD, x_BD)
         loss = loss + add_bias_push(grads, params, dead_F, config.revive)
 

@@ -52,6 +52,10 @@ class Kernels(Protocol):
         """Take over what `state` returned."""
         ...
 
+    def companion(self) -> Kernels | None:
+        """Kernels of the same kind for another, smaller dictionary in the same step (the dead latents), or None where dense products do as well."""
+        ...
+
     def cautions(self) -> list[str]:
         """What someone who uses the result should know about how it was computed."""
         ...

@@ -57,13 +57,20 @@ class CpuKernels(ReferenceKernels):
         """Values computed exactly in a row of the last batch, on average."""
         self._low: float | None = None  # guesses for the next batch of `encode_select_batch`: they change the time, not the result
         self._places = 0
+        self._companion: CpuKernels | None = None
 
     # ------------------------------------------------------------------ state
     def state(self) -> dict[str, Any]:
         """What a resumed training needs to go the same way: the ranking product and its smoothing, r, and where the audit stands."""
         smooth = [] if self.ranker.smooth_D is None else self.ranker.smooth_D.tolist()
         counts = {name: getattr(self, name) for name in ("r", "selections", "audited", "missed", "fullest")}
-        return {"rank": self.ranker.kind, "smooth": smooth, **counts}
+        companion = {"companion": self._companion.state()} if self._companion is not None else {}
+        return {"rank": self.ranker.kind, "smooth": smooth, **counts, **companion}
+
+    def companion(self) -> CpuKernels:
+        if self._companion is None:
+            self._companion = CpuKernels(self.ranker.kind)
+        return self._companion
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take over what `state` returned."""
@@ -71,14 +78,19 @@ class CpuKernels(ReferenceKernels):
         self.ranker.smooth_D = torch.tensor(state["smooth"]) if state["smooth"] else None
         for name in ("r", "selections", "audited", "missed", "fullest"):
             setattr(self, name, int(state[name]))
+        self._companion = None
+        if "companion" in state:
+            self.companion().load_state(state["companion"])
 
     def cautions(self) -> list[str]:
         """What the audit found."""
+        found = [] if self._companion is None else [f"AuxK: {caution}" for caution in self._companion.cautions()]
         if not self.missed:
-            return []
+            return found
         return [
+            *found,
             f"the audit found {self.missed} of {self.audited:,} rows whose selection was not the float32 one; "
-            f"candidates a row were raised to k + {self.r}, ranked in {self.ranker.kind}"
+            f"candidates a row were raised to k + {self.r}, ranked in {self.ranker.kind}",
         ]
 
     # ------------------------------------------------------------------ selection

@@ -136,3 +136,6 @@ class ReferenceKernels:
 
     def cautions(self) -> list[str]:
         return []
+
+    def companion(self) -> None:
+        return None
