@@ -116,7 +116,11 @@ class Rows:
 
 
 class ExtractorSession(Protocol):
-    """An open extractor: batch `i` is a pure function of `i`."""
+    """An open extractor: batch `i` is a pure function of `i`.
+
+    Optional: `concurrent = True` says that `rows` may run in one background thread while the hub's own thread trains, or runs the same model;
+    then the hub makes the next block while trainers use the last.
+    """
 
     widths: dict[str, int]
     """site -> d."""

@@ -43,6 +43,9 @@ class HFExtractor:
 class HFSession:
     """Batch `b` is always the same sequences in the same forward pass, so its rows depend on `b` alone."""
 
+    concurrent = True
+    """`rows` may run in another thread while this one uses the model: taps act in their own thread only."""
+
     def __init__(self, model: ModelHandle, tokens: TokenDataset, sites: Sequence[str], lm_batch: int):
         self.model, self.tokens, self.lm_batch = model, tokens, lm_batch
         self.taps = {str(site): Site.parse(site).tap(model.shape) for site in sites}

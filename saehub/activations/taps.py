@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Hashable, Mapping
+from threading import get_ident
 from typing import Any, TypeVar
 
 import torch
@@ -98,9 +99,11 @@ def read(model_hf: nn.Module, tokens_BT: Tensor, taps: Mapping[Key, Tap], *, sto
     found: dict[Key, Tensor] = {}
     waiting = set(places)
 
+    thread = get_ident()
+
     def take(place: tuple[nn.Module, str], tensor: Tensor | None) -> None:
-        if place not in waiting:
-            return  # a module that runs twice: the first time counts
+        if place not in waiting or get_ident() != thread:
+            return  # a module that runs twice: the first time counts; another thread's pass through the same model is not ours
         if tensor is None:
             raise StageFailed(
                 f"no activation tensor at {taps[places[place][0]]}",
@@ -175,7 +178,11 @@ def splice(model_hf: nn.Module, tokens_BT: Tensor, tap: Tap, fn: Callable[[Tenso
         new_BTD = new_BTD.to(x_BTD.dtype)
         return x_BTD.copy_(new_BTD) if tap.shared else new_BTD
 
-    def before(_module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    thread = get_ident()
+
+    def before(_module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        if get_ident() != thread:
+            return None  # another thread's pass through the same model
         x_BTD = _input(args, kwargs)
         new_BTD = change(x_BTD)
         return tuple(new_BTD if value is x_BTD else value for value in args), {
@@ -183,6 +190,8 @@ def splice(model_hf: nn.Module, tokens_BT: Tensor, tap: Tap, fn: Callable[[Tenso
         }
 
     def after(_module: nn.Module, _args: tuple, output: Any) -> Any:
+        if get_ident() != thread:
+            return None
         x_BTD = _first(output)
         new_BTD = change(x_BTD)
         if isinstance(output, Tensor):

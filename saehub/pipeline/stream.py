@@ -33,9 +33,14 @@ class _Stoppable:
 
     def __init__(self, session: Any, stop: Any):
         self._session, self._stop = session, stop
+        self._abandoned = False
+
+    def abandon(self) -> None:
+        """Nobody waits for rows any more."""
+        self._abandoned = True
 
     def rows(self, batch: int) -> Any:
-        if self._stop.is_set():
+        if self._stop.is_set() or self._abandoned:
             raise Interrupted("stopped; every job's state is saved", fix="the same command goes on from here")
         return self._session.rows(batch)
 
@@ -71,6 +76,11 @@ class HubStream:
         self._calibration: dict[str, Tensor] | None = None
         self._scaled: dict[tuple[str, str], Tensor] = {}
         self._store = self._open_store(plan)
+        self._ahead = None
+        if getattr(self.session, "concurrent", False) is True:  # the extractor may work while the trainers do
+            from saehub.activations.ahead import Ahead
+
+            self._ahead = Ahead(self._block, self.n_blocks)
 
     @staticmethod
     def _identity(plan: Any) -> dict[str, Any]:
@@ -80,6 +90,9 @@ class HubStream:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        if self._ahead is not None:
+            self.session.abandon()
+            self._ahead.close()
         self.session.close()
 
     # Blocks
@@ -93,7 +106,10 @@ class HubStream:
         return ShardStore(plan.store.path("activations", key))
 
     def block(self, index: int) -> Block:
-        """Block `index`: from disk if it is there, else extracted (and written)."""
+        """Block `index`: from disk if it is there, else extracted (and written); the next one is begun where the extractor allows it."""
+        return self._block(index) if self._ahead is None else self._ahead.take(index)
+
+    def _block(self, index: int) -> Block:
         if self._store is None:
             return self.blocks.block(index)
         if self._store.complete(index):
