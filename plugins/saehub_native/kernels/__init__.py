@@ -132,7 +132,11 @@ def pick(device: str, name: str | None = None) -> Kernels:
     if base == "cpu":
         from saehub_native.kernels.cpu import CpuKernels
 
-        return CpuKernels(kind or None)
+        try:
+            return CpuKernels(kind or None)
+        except ImportError as error:  # numba is there but does not work with this Python or numpy
+            if chosen != there[0] or name:
+                raise StageFailed(f"the kernels {chosen!r} cannot be loaded", why=str(error), fix="pip install -U numba") from error
     from saehub_native.kernels.reference import ReferenceKernels
 
     return ReferenceKernels()
