@@ -15,11 +15,12 @@ class Ahead(Generic[T]):
     Args:
         make: called with a number, in this object's one thread, never twice at a time.
         end: the number after the last.
+        begin: called once, in that thread.
     """
 
-    def __init__(self, make: Callable[[int], T], end: int):
+    def __init__(self, make: Callable[[int], T], end: int, begin: Callable[[], object] | None = None):
         self._make, self._end = make, end
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="saehub-extract")
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="saehub-extract", initializer=begin)
         self._next: tuple[int, Future[T]] | None = None
 
     def take(self, number: int) -> T:

@@ -80,6 +80,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if hasattr(stream, "reconfigure"):  # a terminal that cannot write "±" gets "?", not a crash
             stream.reconfigure(errors="replace")
     _print_cautions_plainly()
+    # torch's OpenMP threads spin for milliseconds after every operation, on cores that extraction and trainers could use.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     code = run(argv)
     try:
         sys.stdout.flush()

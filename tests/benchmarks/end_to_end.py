@@ -1,6 +1,6 @@
 """Twelve SAEs from one pass: its time over one extraction and twelve trainings measured alone: `python tests/benchmarks/end_to_end.py [--json]`.
 
-A random Llama (width 256, 6 layers), the site after layer 3, 16 batches of 32 x 128 tokens; native/topk with 4096 latents, k 16 to 64, batch 2048.
+A random Llama (width 256, 6 layers), the site after layer 3, 8 batches of 32 x 128 tokens; native/topk with 4096 latents, k 16 to 64, batch 2048.
 The pass is the hub's: blocks of the stream, the next one extracted in the background while the trainers use the last; once more with extraction
 and training in turn. Stages are interleaved in rounds.
 """
@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import time
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as saehub's command line sets it
 
 import interleaved
 import torch
 from extract import LAYER, native_session
 
-BATCHES, PER_BLOCK, BATCH, JOBS = 16, 2, 2048, 12
+BATCHES, PER_BLOCK, BATCH, JOBS = 8, 2, 2048, 12
 SITE = f"resid_post.{LAYER}"
 
 
@@ -51,7 +54,7 @@ def train(session, block) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     from saehub.activations.ahead import Ahead

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 
 os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")
 os.environ.setdefault("WANDB_MODE", "disabled")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as saehub's command line sets it
 
 import interleaved
 import torch
@@ -93,11 +94,9 @@ def saelens():
 
 def sparsify():
     """Sparsify's own training loop with the smallest SAE there is."""
-    from datasets import Dataset, disable_progress_bars
     from sparsify import SaeConfig, Trainer, TrainConfig
 
-    disable_progress_bars()
-    data = Dataset.from_dict({"input_ids": ids(TURN).tolist()}).with_format("torch")
+    data = [{"input_ids": row} for row in ids(TURN)]  # what a tokenised dataset gives
     folder = tempfile.mkdtemp()
     settings = dict(batch_size=SEQUENCES, layers=[LAYER], save_every=10**9, log_to_wandb=False, save_dir=folder, run_name="benchmark")
     trainer = Trainer(TrainConfig(SaeConfig(num_latents=8, k=4), **settings), data, model())

@@ -1,10 +1,12 @@
 """Time of one full training step of native/topk or native/batchtopk beside the peers', and the FVU of the fast path beside the plain one.
 
-    python tests/benchmarks/train_step.py [--size M] [--auxk] [--architecture topk] [--rounds 5] [--json]
+    python tests/benchmarks/train_step.py [--size M] [--auxk] [--architecture topk] [--rounds 5] [--one-thread] [--json]
     python tests/benchmarks/train_step.py --fvu [--json]
 
 Step: gradients, clipping (SAELens, dictionary_learning and we; Sparsify has none), projection, Adam, norms, deadness, on the same float32
 batches. Everything runs twice: as shipped, and with an allocator that keeps memory (`interleaved.TUNED`). The products alone are the roofline.
+`--one-thread` counts processor time instead of wall time, which neighbours on the machine do not change much. OMP_WAIT_POLICY is what saehub's
+command line sets.
 """
 
 from __future__ import annotations
@@ -12,6 +14,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import time
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import interleaved
 import torch
@@ -80,10 +85,12 @@ def products(d: int, n_latents: int, batch: int) -> dict[str, object]:
     }
 
 
-def measure(size: str, auxk: bool, architecture: str, rounds: int) -> dict:
+def measure(size: str, auxk: bool, architecture: str, rounds: int, one_thread: bool) -> dict:
     """Seconds a round of everything at one size, in this process."""
     import peers
 
+    if one_thread:
+        torch.set_num_threads(1)
     d, n_latents, k, batch = SIZES[size]
     batches = rows_like_activations(batch, d, 4)
     arguments = (d, n_latents, k, batch, auxk, architecture)
@@ -100,10 +107,11 @@ def measure(size: str, auxk: bool, architecture: str, rounds: int) -> dict:
     for _ in range(2):  # compiled, buffers there
         for name in [name for name in ways if name.startswith("native")]:
             ways[name](0)
-    seconds = interleaved.interleave({**products(d, n_latents, batch), **ways}, rounds)
+    seconds = interleaved.interleave({**products(d, n_latents, batch), **ways}, rounds, time.process_time if one_thread else time.perf_counter)
     kernels = systems["native"].session.kernels
     return {
         "seconds": seconds,
+        "threads": torch.get_num_threads(),
         "ranking": kernels.ranker.kind,
         "audit": {"rows": kernels.audited, "missed": kernels.missed, "r": kernels.r, "exact a row": kernels.exact_a_row},
     }
@@ -117,7 +125,7 @@ def table(record: dict) -> str:
         f"{record['architecture']}, d {d}, {n_latents} latents, k {k}, batch {batch}; AuxK "
         + ("on, a quarter of the latents dead" if record["auxk"] else "off")
         + f"; native ranks in {record['as shipped']['ranking']}",
-        f"{'ms a step: median [p10 p90]':36s}{'as shipped':>24s}{'/ native':>10s}{'tuned malloc':>24s}{'/ native':>10s}",
+        f"{'processor ms a step, one thread' if record['one thread'] else 'ms a step: median [p10 p90]':36s}{'as shipped':>24s}{'/ native':>10s}{'tuned malloc':>24s}{'/ native':>10s}",
     ]
     columns = [record["as shipped"], record["tuned malloc"]]
     against = [interleaved.ratios(column["seconds"], "native") for column in columns]
@@ -165,6 +173,7 @@ def main() -> None:
     parser.add_argument("--auxk", action="store_true")
     parser.add_argument("--architecture", choices=ARCHITECTURES, default="topk")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--one-thread", action="store_true")
     parser.add_argument("--fvu", action="store_true")
     parser.add_argument("--json", action="store_true", help="one line of JSON instead of the table")
     parser.add_argument("--part", action="store_true", help=argparse.SUPPRESS)
@@ -178,15 +187,16 @@ def main() -> None:
         print(json.dumps(record) if options.json else "\n".join(lines))
         return
     if options.part:
-        print(json.dumps(measure(options.size, options.auxk, options.architecture, options.rounds)))
+        print(json.dumps(measure(options.size, options.auxk, options.architecture, options.rounds, options.one_thread)))
         return
     arguments = ["--part", "--size", options.size, "--architecture", options.architecture, "--rounds", str(options.rounds)]
-    arguments += ["--auxk"] if options.auxk else []
+    arguments += [*(["--auxk"] if options.auxk else []), *(["--one-thread"] if options.one_thread else [])]
     record = {
         **interleaved.machine(),
         "size": options.size,
         "architecture": options.architecture,
         "auxk": options.auxk,
+        "one thread": options.one_thread,
         "as shipped": interleaved.again_with({}, *arguments),
         "tuned malloc": interleaved.again_with(interleaved.TUNED, *arguments),
     }

@@ -108,15 +108,12 @@ class CpuKernels(ReferenceKernels):
         low_BD, scale_B = ranker.rows(x_BD)
         scales = ranker.low_scale_F.numpy(), scale_B.numpy()
         chunk = ranker.chunk(n_rows, W_enc_FD.shape[0])
-        for at in range(0, n_rows, chunk):
-            stop = min(n_rows, at + chunk)
-            scores = ranker.scores(low_BD[at:stop], W_enc_FD)
 
-            def piece(i: int, at: int = at, stop: int = stop, scores: tuple = scores) -> None:
-                first = at + i * ROWS_A_PIECE
-                loop(first, min(stop, first + ROWS_A_PIECE), at, ranker.code, *scores, *scales)
+        def piece(i: int) -> None:  # one thread multiplies and reads what it got
+            at, stop = i * chunk, min(n_rows, (i + 1) * chunk)
+            loop(at, stop, at, ranker.code, *ranker.scores(low_BD[at:stop], W_enc_FD), *scales)
 
-            self.team.run(piece, -(-(stop - at) // ROWS_A_PIECE))
+        self.team.run(piece, -(-n_rows // chunk))
 
     def _select(self, x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, k: int, rule: str) -> tuple[Tensor, Tensor]:
         n_rows = x_BD.shape[0]

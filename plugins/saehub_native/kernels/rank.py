@@ -5,6 +5,7 @@ Three ways, by what the processor has: an int8 product (VNNI, AMX), a bfloat16 p
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 KINDS = ("float32", "bfloat16", "int8")
 """The numbers that `cpu_loops` knows them by are their places here."""
-CHUNK_BYTES = 16 << 20  # scores of one chunk: they are read right after they are written, from the last cache
+CHUNK_BYTES = 12 << 20  # scores of one chunk, one for each thread: they are read right after they are written, from the last cache
 ROWS_A_PIECE = 64
 LATENTS_A_PIECE = 512
 
@@ -45,7 +46,7 @@ class Ranker:
         self.kind, self.code, self.loops, self.team = kind, KINDS.index(kind), loops, team
         self.smooth_D: Tensor | None = None
         self._of: tuple[int, int, tuple[int, ...]] | None = None
-        self._scores: Tensor | None = None
+        self._own = threading.local()  # each thread's scores
         self._low: tuple[Tensor, Tensor, Tensor] | None = None
 
     # ------------------------------------------------------------------ copies of the weights
@@ -93,17 +94,19 @@ class Ranker:
         return low_BD, scale_B
 
     def chunk(self, n_rows: int, n_latents: int) -> int:
-        """Rows a product; it depends on the shapes alone."""
+        """Rows a product: as many as fit, and few enough to share among the threads."""
         size = 2 if self.kind == "bfloat16" else 4
-        return min(n_rows, max(64, CHUNK_BYTES // (size * n_latents)))
+        share = -(-n_rows // (4 * torch.get_num_threads()))
+        return max(1, min(n_rows, max(64, min(512, CHUNK_BYTES // (size * n_latents), share))))
 
     def scores(self, low_CD: Tensor, W_enc_FD: Tensor) -> tuple[Any, Any]:
         """Scores [C, F] as (int32 bits or sums, int16 bits); the one that the kind does not use is [C, 0]."""
         shape = low_CD.shape[0], W_enc_FD.shape[0]
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int32}[self.kind]
-        if self._scores is None or self._scores.shape[0] < shape[0] or self._scores.shape[1] != shape[1]:
-            self._scores = torch.empty(shape, dtype=dtype)
-        out = self._scores[: shape[0]]
+        held = getattr(self._own, "scores", None)
+        if held is None or held.shape[0] < shape[0] or held.shape[1] != shape[1]:
+            self._own.scores = held = torch.empty(shape, dtype=dtype)
+        out = held[: shape[0]]
         if self.kind == "int8":
             torch._int_mm(low_CD, self.low8_FD.t(), out=out)
         elif self.kind == "bfloat16":
