@@ -176,7 +176,6 @@ class _Search:
         w_E = np.concatenate([row_w_NK.ravel(), col_w_MK.ravel()])
         some = np.isfinite(w_E)
         self._build(row_E[some], col_E[some], w_E[some])
-        kernels.greedy(np.argsort(-self.w_E, kind="stable"), self.row_E, self.cols_E, self.col_of_N, self.row_of_M)
         self._fill()
 
     def _build(self, row_E: np.ndarray, col_E: np.ndarray, w_E: np.ndarray) -> None:
@@ -190,7 +189,9 @@ class _Search:
         self._build(np.concatenate([self.row_E, row_E]), np.concatenate([self.cols_E.astype(np.int64), col_E]), np.concatenate([self.w_E, w_E]))
 
     def _fill(self) -> None:
-        """Give rows that are still free any column that is, and put these pairs into the graph."""
+        """Give rows that are still free the best free column of the graph, or else any, and put such pairs into the graph."""
+        if (self.col_of_N < 0).any():
+            kernels.greedy(np.argsort(-self.w_E, kind="stable"), self.row_E, self.cols_E, self.col_of_N, self.row_of_M)
         rows = np.flatnonzero(self.col_of_N < 0)
         if len(rows) == 0:
             return
@@ -219,7 +220,9 @@ class _Search:
             eps /= FALL
 
     def _paths(self) -> None:
-        """Make the matching exact on the graph, at prices under which no pair costs its row anything."""
+        """Make the matching exact on the graph, at prices under which no pair costs its row anything; too late for that, leave it as it is."""
+        if self._late():
+            return
         kernels.worth(*self._graph, self.price_M, self.worth_N)
         free = kernels.release(*self._graph, self.price_M, self.worth_N, self.col_of_N, self.row_of_M, 0.0)
         self.tell(f"augmenting paths for {free:,} latents")
