@@ -14,7 +14,6 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
-from urllib.parse import urlsplit
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 LIMIT = 3_000_000
@@ -31,16 +30,12 @@ def browser() -> str:
 def look(page: Path, shot: Path) -> dict:
     """Open `page` with the network log on; what was asked for and said."""
     done, requests = _open(page, f"--screenshot={shot}", "--window-size=1180,5200")
-    with tempfile.TemporaryDirectory() as folder:
-        empty = Path(folder) / "empty.html"
-        empty.write_text("<!DOCTYPE html><title>empty</title>", encoding="utf-8")
-        own = {urlsplit(url).netloc for url in _open(empty, "--dump-dom")[1]}  # what the browser asks for on its own account, whatever the page
     shown, _ = _open(page, "--dump-dom")
     return {
         "page": page.name,
         "bytes": page.stat().st_size,
         "console": re.findall(r"CONSOLE[^\n]*", done.stderr),
-        "requests": [url for url in requests if urlsplit(url).netloc not in own],
+        "requests": requests,
         "scripts": shown.stdout.count("<script"),
         "words": len(re.sub(r"(?s:<style.*?</style>)|<[^>]+>", " ", shown.stdout).split()),
         "screenshot": str(shot) if shot.is_file() else None,
@@ -48,7 +43,7 @@ def look(page: Path, shot: Path) -> dict:
 
 
 def _open(page: Path, *more: str) -> tuple[subprocess.CompletedProcess, list[str]]:
-    """(the browser's output, the addresses that were asked for beside the page's own)."""
+    """(the browser's output, the addresses that the page asked for: those with an initiator; the browser's own errands are of "not an origin")."""
     address = page.absolute().as_uri()
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "net.json"
@@ -58,8 +53,18 @@ def _open(page: Path, *more: str) -> tuple[subprocess.CompletedProcess, list[str
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
         events = _events(log.read_text(encoding="utf-8")) if log.is_file() else []
-    found = {url for event in events if (url := (event.get("params") or {}).get("url"))}
-    return done, sorted(url for url in found if url != address and not url.startswith(("chrome", "devtools", "data:", "about:")))
+    asked = [event.get("params") or {} for event in events]
+    return done, sorted({known["url"] for known in asked if known.get("url") and known.get("initiator", "not an origin") != "not an origin"})
+
+
+def control() -> None:
+    """A page that does ask for something must be caught, or nothing that this script says is worth anything."""
+    with tempfile.TemporaryDirectory() as folder:
+        page = Path(folder) / "control.html"
+        page.write_text('<!DOCTYPE html><title>t</title><img src="http://127.0.0.1:9/x.png"><script>console.log("seen")</script>', encoding="utf-8")
+        done, requests = _open(page, "--dump-dom")
+    if requests != ["http://127.0.0.1:9/x.png"] or "CONSOLE" not in done.stderr:
+        raise SystemExit(f"the control page was not caught: requests {requests}, console {'CONSOLE' in done.stderr}")
 
 
 def _events(text: str) -> list[dict]:
@@ -76,6 +81,7 @@ def main() -> None:
     options.add_argument("--out", type=Path, default=Path())
     given = options.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
+    control()
     bad = False
     for page in given.pages:
         found = look(page, (given.out / f"{page.parent.name}-{page.stem}.png").absolute())
