@@ -39,6 +39,7 @@ class Traced:
         if tokenizer.pad_token is None:
             tokenizer.add_special_tokens({"pad_token": PAD})
         self._hooks = {module: {name: OrderedDict(getattr(module, name)) for name in HOOKS} for module in self.handle.hf.modules()}
+        self._children = {module: dict(module._modules) for module in self._hooks}
         self._mode = self.handle.hf.training
         self._gradients = torch.is_grad_enabled()
         self.model = make(self.handle.hf, tokenizer=tokenizer)
@@ -50,6 +51,9 @@ class Traced:
                 held = getattr(module, name)
                 held.clear()
                 held.update(before)
+        for module, before in self._children.items():  # and it hangs modules of its own, with hooks, on the model
+            for name in set(module._modules) - set(before):
+                del module._modules[name]
         self.handle.hf.train(self._mode)
         torch.set_grad_enabled(self._gradients)
 
