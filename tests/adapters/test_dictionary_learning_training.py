@@ -125,8 +125,8 @@ def done(tmp_path_factory):
         start(self, *args)
         workers.append(self)
 
-    def calibrate(self, stream):
-        found = rows(self, stream)
+    def calibrate(self, *args):
+        found = rows(self, *args)
         calibration.append(found.x_ND.clone())
         return found
 
