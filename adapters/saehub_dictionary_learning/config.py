@@ -259,7 +259,7 @@ class TopKConfig(DictionaryConfig):
             start = self.resolved(job)["threshold_start_step"]
             yield (
                 f"it trains with the {self.k} · rows largest of a batch and is used with one threshold, a moving average since step {start}: L0 in use is "
-                f"near {self.k}, not {self.k}; a checkpoint of before that step is a plain ReLU"
+                f"near {self.k}, not exactly that; a checkpoint of before that step is a plain ReLU"
             )
         if self.auxk_alpha > 0:
             yield "its AuxK reads activations after the ReLU: a dead latent that is negative on every row of a batch gets no gradient from it"
