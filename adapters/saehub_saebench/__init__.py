@@ -46,6 +46,7 @@ def saehub_evaluators() -> list[Component]:
             "a judge explains latents and sorts examples; needs an OpenAI-compatible address",
             ("model", "tokens", "sequences"),
         ),
+        _evaluator("ravel", "ravel:Ravel", "RavelConfig", "RAVEL: cause, isolation and disentanglement of an entity's attributes"),
         _evaluator(
             "meta_structure",
             "meta_structure:MetaStructure",

@@ -102,7 +102,7 @@ class SaeProbesConfig(_Autoencoders):
     """Settings of `saebench/sae_probes`."""
 
     dataset_names: tuple[str, ...] = SMALL_PROBES
-    """Of the 113 in the sae-probes wheel; the default is three small ones."""
+    """Of the 113 in the sae-probes wheel; `all` for all of them. The default is three small ones."""
     ks: tuple[int, ...] = (1, 2, 5)
     """Latents that a probe may use."""
     reg_type: Literal["l1", "l2"] = "l1"
@@ -367,3 +367,53 @@ class AutointerpConfig(_Autoencoders):
         from saehub_saebench.definitions import definitions
 
         return definitions("autointerp")
+
+
+@dataclass(frozen=True)
+class RavelConfig:
+    """Settings of `saebench/ravel`; the defaults are the paper's."""
+
+    entity_attribute_selection: dict[str, tuple[str, ...]] = field(
+        default_factory=lambda: {
+            "city": ("Country", "Continent", "Language"),
+            "nobel_prize_winner": ("Country of Birth", "Field", "Gender"),
+        }
+    )
+    """Entity type -> attributes that are to be told apart."""
+    data_dir: str | None = None
+    """Folder that holds adamkarvonen/ravel_prompts; None: the hub."""
+    top_n_entities: int = 500
+    """Entities, those that the model knows best."""
+    full_dataset_downsample: int | None = None
+    """Prompts drawn before the model completes them; None: all."""
+    num_pairs_per_attribute: int = 5000
+    """Pairs of prompts an attribute."""
+    train_test_split: float = 0.7
+    """Share of the pairs on which the mask of latents is trained."""
+    learning_rate: float = 1e-3
+    """Of the mask."""
+    num_epochs: int = 2
+    """Of the mask's training."""
+    n_generated_tokens: int = 6
+    """Tokens of an answer."""
+    llm_batch_size: int = 32
+    """Prompts in one forward pass; SAEBench: it changes the mask, keep it the same in comparisons."""
+    seeds: tuple[int, ...] = SEEDS
+    """Pairs, and the mask's batches."""
+
+    def __post_init__(self) -> None:
+        _check_seeds(self.seeds)
+        _check_positive(self, "top_n_entities", "num_pairs_per_attribute", "num_epochs", "n_generated_tokens", "llm_batch_size")
+        if any(len(names) < 2 for names in self.entity_attribute_selection.values()):
+            raise ValueError(f"entity_attribute_selection is {dict(self.entity_attribute_selection)}; isolation needs two attributes of each entity type")
+
+    def warnings(self) -> list[str]:
+        """For the plan: prompts that would have to be fetched."""
+        return _missing("ravel", ("adamkarvonen/ravel_prompts",), self.data_dir)
+
+    @staticmethod
+    def definitions() -> Mapping[str, Definition]:
+        """Definition id -> title and formula, for reports."""
+        from saehub_saebench.definitions import definitions
+
+        return definitions("ravel")

@@ -33,11 +33,17 @@ class SaeProbes(BenchEvaluator):
         """Each kind at each k."""
         return [f"sae_top_k_{kind}@{k}" for k in self.config.ks for kind in KINDS]
 
+    @property
+    def _datasets(self) -> list[str]:
+        from sae_probes import DATASETS
+
+        return list(DATASETS) if self.config.dataset_names == ("all",) else list(self.config.dataset_names)
+
     def check(self, context: EvalContext) -> None:
         """Names of datasets that exist."""
         from sae_probes import DATASETS
 
-        unknown = [name for name in self.config.dataset_names if name not in DATASETS]
+        unknown = [name for name in self._datasets if name not in DATASETS]
         if unknown:
             raise UsageError(
                 f"sae-probes has no dataset {unknown[0]!r}{did_you_mean(unknown[0], DATASETS)}", fix=f"one of {', '.join(DATASETS[:8])} …"
@@ -49,7 +55,7 @@ class SaeProbes(BenchEvaluator):
         from sae_probes.generate_model_activations import ensure_dataset_activations
 
         hooks = list(dict.fromkeys(sae.cfg.hook_name for sae in saes))
-        names, label = list(self.config.dataset_names), saes[0].cfg.model_name
+        names, label = self._datasets, saes[0].cfg.model_name
         kept = Path(context.work_dir).absolute() / "sae-probes-activations"  # the same under every seed: the seed only splits the texts
         if seed == self.config.seeds[0]:
             shutil.rmtree(kept, ignore_errors=True)
@@ -76,7 +82,7 @@ class SaeProbes(BenchEvaluator):
         config = SparseProbingSaeProbesEvalConfig(
             model_name=sae.cfg.model_name,
             random_seed=seed,
-            dataset_names=list(self.config.dataset_names),
+            dataset_names=self._datasets,
             reg_type=self.config.reg_type,
             ks=list(self.config.ks),
             results_path="results",

@@ -58,7 +58,19 @@ class SpellingStage(Stage):
         return ModelSpec(name=str(folder), device="cpu", attention="eager")
 
 
-def spelling_model(folder: Path, d_model: int = 32) -> Path:
+class InstructedStage(SpellingStage):
+    """The same with Gemma's word for BOS, which SAEBench writes into its prompts."""
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model, float32 on the CPU."""
+        folder = self.folder / "instructed"
+        if not (folder / "config.json").exists():
+            spelling_model(folder, bos="<bos>")
+        return ModelSpec(name=str(folder), device="cpu", attention="eager")
+
+
+def spelling_model(folder: Path, d_model: int = 32, bos: str = "<s>") -> Path:
     """Write it."""
     import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -67,10 +79,10 @@ def spelling_model(folder: Path, d_model: int = 32) -> Path:
     alphabet = "abcdefghijklmnopqrstuvwxyz"
     words = {letter: sorted({letter + "".join(draw.choice(alphabet) for _ in range(4)) for _ in range(SpellingStage.WORDS_A_LETTER)}) for letter in alphabet}
     template = ["has", "the", "first", "letter", ":"]
-    names = ["<s>", "</s>", "<unk>", *template, *alphabet.upper(), *(word for group in words.values() for word in group)]
+    names = [bos, "</s>", "<unk>", *template, *alphabet.upper(), *(word for group in words.values() for word in group)]
     tokenizer = Tokenizer(models.WordLevel({name: number for number, name in enumerate(dict.fromkeys(names))}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token="</s>", unk_token="<unk>")
     config = transformers.LlamaConfig(
         vocab_size=len(fast), hidden_size=d_model, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
         max_position_embeddings=128, bos_token_id=0, eos_token_id=1, tie_word_embeddings=False,
@@ -135,3 +147,68 @@ class Judge:
         message = {"role": "assistant", "content": said}
         choice = {"index": 0, "message": message, "finish_reason": "stop"}
         return {"id": "0", "object": "chat.completion", "created": 0, "model": asked["model"], "choices": [choice]}
+
+
+class RavelStage(Stage):
+    """The tiny Llama with a tokenizer that begins with BOS, and prompts whose right answer is whatever the model says: local RAVEL files."""
+
+    ENTITIES = "abcdefghijklmnop"
+    TEMPLATES = {"Country": "x %s", "Language": "yz %s"}
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model, float32 on the CPU."""
+        from saehub.testing.toys import byte_tokenizer, tiny_model
+
+        folder = self.folder / "ravel-llama"
+        if not (folder / "config.json").exists():
+            from tokenizers.processors import TemplateProcessing
+
+            tiny_model(folder, "llama")
+            words = byte_tokenizer()
+            words.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 256)])
+            words.save_pretrained(folder)
+        return ModelSpec(name=str(folder), device="cpu", attention="eager")
+
+    def prompts(self, folder: Path) -> Path:
+        """`folder` with adamkarvonen/ravel_prompts for entities of type `city`."""
+        words, model = self.model.tokenizer, self.model.hf
+        attributes: dict[str, dict[str, str]] = {}
+        for entity in self.ENTITIES:
+            for name, template in self.TEMPLATES.items():
+                ids = torch.tensor([words.encode(template % entity)])
+                with torch.no_grad():
+                    after = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=False)[0, ids.shape[1] :]
+                attributes.setdefault(entity, {})[name] = words.decode(after).split('"')[0].strip(' "') or "?"
+        target = folder / "adamkarvonen" / "ravel_prompts"
+        target.mkdir(parents=True)
+        files = {
+            "entity_attributes": attributes,
+            "attribute_to_prompts": {name: [template] for name, template in self.TEMPLATES.items()},
+            "prompt_to_split": dict.fromkeys(self.TEMPLATES.values(), "train"),
+            "entity_to_split": dict.fromkeys(self.ENTITIES, "train"),
+        }
+        for name, content in files.items():
+            (target / f"ravel_city_{name}.json").write_text(json.dumps(content))
+        return folder
+
+
+def unlearning_data(folder: Path) -> Path:
+    """`folder` with a forget corpus, multiple-choice questions and text in the columns of the hub's datasets: for the mechanics only."""
+    draw = random.Random(0)
+    sentence = lambda words, n: " ".join(draw.choice(words) for _ in range(n))  # noqa: E731
+    write_lines(folder / "bio-forget-corpus.jsonl", [{"text": sentence(["virus", "cell", "gene", "toxin"], 40)} for _ in range(30)])
+    question = lambda: {"question": sentence(["which", "cell", "is"], 4), "choices": ["one", "two", "three", "four"], "answer": draw.randrange(4)}  # noqa: E731
+    places = {("cais/wmdp", "wmdp-bio"): [question() for _ in range(4)], ("cais/mmlu", "human_aging"): [question() for _ in range(4)]}
+    places["wikitext", "wikitext-2-raw-v1"] = [{"text": sentence(["the", "old", "ship", "sails"], 40)} for _ in range(30)]
+    for (repo, config), rows in places.items():
+        write_lines(folder / repo / config / "test.jsonl", rows)
+        files = f"  - config_name: {config}\n    data_files:\n      - {{split: test, path: {config}/test.jsonl}}\n"
+        (folder / repo / "README.md").write_text(f"---\nconfigs:\n{files}---\n")
+    for split in ("all", "train", "test"):
+        ids = folder / "question_ids" / split
+        ids.mkdir(parents=True)
+        for name in ("wmdp-bio", "mmlu-human-aging"):
+            for kind in ("correct", "correct-iff-question", "correct-no-tricks"):
+                (ids / f"{name}_{kind}.csv").write_text("0\n1\n2\n3\n")
+    return folder

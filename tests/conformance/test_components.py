@@ -145,6 +145,10 @@ SAEBENCH = {
     "scr": {**PERTURBED, "pairs": {saebench_toys.BIOS: [["professor", "nurse"]]}},
     "tpp": PERTURBED,
     "absorption": {"max_k_value": 1, "k_sparse_probe_num_epochs": 10},
+    "ravel": {
+        "entity_attribute_selection": {"city": ["Country", "Language"]}, "num_pairs_per_attribute": 12, "top_n_entities": 16, "n_generated_tokens": 2,
+        "llm_batch_size": 2, "num_epochs": 1,
+    },
     "autointerp": {**EXAMPLES, "n_latents": 4, "dead_latent_threshold": 3, "buffer": 2, "n_random_ex_for_scoring": 4},
 }
 
@@ -159,6 +163,10 @@ def saebench(tmp: Path, word: str) -> dict:
     if word == "absorption":
         (tmp / "stage").mkdir()
         arguments["stage"] = saebench_toys.SpellingStage(tmp / "stage")
+    if word == "ravel":
+        (tmp / "stage").mkdir()
+        arguments["stage"] = saebench_toys.RavelStage(tmp / "stage")
+        arguments["with_"]["data_dir"] = str(arguments["stage"].prompts(tmp / "data"))
     if word == "autointerp":
         arguments["with_"]["base_url"] = saebench_toys.Judge().__enter__().url  # a daemon thread: it ends with the tests
     return arguments
