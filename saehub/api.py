@@ -258,6 +258,50 @@ class Trainer(Protocol):
         ...
 
 
+class LoopSession(Protocol):
+    """One SAE being trained by a trainer that runs the language model itself."""
+
+    def advance(self) -> None:
+        """One optimizer step, on the next sequences."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """As `TrainerSession.metrics`."""
+        ...
+
+    def state(self) -> tuple[dict[str, Tensor], dict]:
+        """What `load_state` needs to go on: tensors, and JSON-able data."""
+        ...
+
+    def load_state(self, tensors: dict[str, Tensor], data: dict) -> None:
+        """Continue from what `state` returned."""
+        ...
+
+    def finish(self) -> SAE:
+        """The trained SAE, in the model's own units; float32."""
+        ...
+
+
+class LoopTrainer(Protocol):
+    """Trains an SAE through the language model, in a loop of its own: a trainer whose registration `needs` the model.
+
+    It gets no rows: it shares no stream with other jobs, `extract.normalize` does not apply, and a resumed run is not promised to end
+    bit-identical. A step takes `batch` token positions, `batch // context` sequences. Its config may have, beside a `Trainer`'s methods,
+    `check_model(job, shape, context) -> Iterable[str]`: problems that the model's sizes (`ModelShape`) and the sequence length tell.
+    """
+
+    def __init__(self, config: Any): ...
+
+    def open(self, job: Job, model: ModelHandle, tokens: TokenDataset) -> LoopSession:
+        """Initialise one SAE; the training sequences are those after `tokens.calibration_sequences`."""
+        ...
+
+
+def owns_its_loop(component: Component) -> bool:
+    """Whether a trainer runs the model itself (`LoopTrainer`)."""
+    return "model" in component.needs
+
+
 @dataclass
 class Subject:
     """One SAE under evaluation."""

@@ -32,6 +32,17 @@ def saehub_trainers() -> list[Component]:
             summary=summary,
         )
         for name, config, summary in TRAINERS
+    ] + [
+        Component(
+            name="end_to_end",
+            target="saehub_sparsify.end_to_end:EndToEndTrainer",
+            config="saehub_sparsify.config:EndToEndConfig",
+            requires=("sparsify",),
+            extra="sparsify",
+            needs=("model", "tokens"),
+            env=ENV,
+            summary="SAEs and transcoders trained inside the model on its KL or cross-entropy, by Sparsify's own Trainer",
+        )
     ]
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 if TYPE_CHECKING:
-    from saehub.api import Job
+    from saehub.api import Job, ModelShape
 
 WARMUP_STEPS = 1000
 """The library's own linear warm-up; longer than a short run, whose rate it would never let reach its peak."""
@@ -39,6 +39,10 @@ class SparsifyConfig:
     """Add a linear path from the input to the output."""
     multi: ClassVar[bool] = False
     """Add the FVU of the 4k largest latents, weight 1/8, to the loss."""
+    loss_fn: ClassVar[str] = "fvu"
+    """The library's word for the loss."""
+    auxk_alpha: ClassVar[float] = 0.0
+    micro_acc_steps: ClassVar[int] = 1
 
     k: int = 32
     """Latents a row: L0 is at most k."""
@@ -55,21 +59,21 @@ class SparsifyConfig:
     """Learning rate. None, by the library: signum 5e-3 / sqrt(d_sae / 2^14), adam 2e-4 / sqrt(d_sae / 2^14), muon 2e-3."""
     warmup: int | None = None
     """Steps of linear warm-up (adam, and muon's biases), before the linear decay to zero. None: 1000, at most a tenth of the run."""
-    auxk_alpha: float = 0.0
-    """Weight of the AuxK loss on dead latents; 0 turns it off. Read the caution: it does not train the encoder."""
     dead_after: int = 10_000_000
     """Rows without firing after which a latent counts as dead (`dead_feature_threshold`)."""
     normalize_decoder: bool = True
     """Decoder rows of unit norm before every step (autoencoders only: the library never norms a transcoder's)."""
     k_decay_steps: int = 0
     """Steps over which the number of active latents falls linearly from 10 d_in to k."""
-    micro_acc_steps: int = 1
-    """Chunks that a batch is computed in, which saves memory; gradients add up to those of the whole batch."""
 
     @property
     def activation_word(self) -> str:
         """`topk` or `groupmax`, the library's `activation`."""
         return "topk"
+
+    def transcodes(self, job: Job) -> bool:
+        """Whether the SAE of this job predicts another site than it reads."""
+        return self.transcode
 
     def architecture(self) -> str:
         """The word in `saehub.json`."""
@@ -147,21 +151,32 @@ class SparsifyConfig:
             yield f"micro_acc_steps is {self.micro_acc_steps}, more than the {self.batch} rows of a batch; lower it"
 
     def _check_sites(self, job: Job) -> Iterator[str]:
-        if not self.transcode and job.target_site is not None:
+        transcodes = self.transcodes(job)
+        if not transcodes and job.target_site is not None:
             yield f"target_site {job.target_site} is for a transcoder; use sparsify/transcoder or sparsify/skip_transcoder"
-        if self.transcode and job.target_site is None:
+        if transcodes and job.target_site is None:
             yield "target_site is missing: a transcoder predicts one site from another, such as site: mlp_in.2, target_site: mlp_out.2"
         if job.d_in != job.d_out:
             yield f"sparsify's b_dec has the width of the input: d_in {job.d_in} must be d_out {job.d_out}; choose sites of equal width, or native/topk"
 
 
 @dataclass(frozen=True, kw_only=True)
-class TopKConfig(SparsifyConfig):
+class RowsConfig(SparsifyConfig):
+    """What the trainers on the hub's rows take beside."""
+
+    auxk_alpha: float = 0.0
+    """Weight of the AuxK loss on dead latents; 0 turns it off. Read the caution: it does not train the encoder."""
+    micro_acc_steps: int = 1
+    """Chunks that a batch is computed in, which saves memory; gradients add up to those of the whole batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopKConfig(RowsConfig):
     """`sparsify/topk`: the k largest of relu(W_enc (x - b_dec) + b_enc), a loss of FVU."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class GroupMaxConfig(SparsifyConfig):
+class GroupMaxConfig(RowsConfig):
     """`sparsify/groupmax`: the largest of each of k contiguous groups of latents."""
 
     @property
@@ -170,14 +185,14 @@ class GroupMaxConfig(SparsifyConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MultiTopKConfig(SparsifyConfig):
+class MultiTopKConfig(RowsConfig):
     """`sparsify/multi_topk`: TopK whose loss also holds the FVU of the 4k largest latents, weight 1/8."""
 
     multi: ClassVar[bool] = True
 
 
 @dataclass(frozen=True, kw_only=True)
-class TranscoderConfig(SparsifyConfig):
+class TranscoderConfig(RowsConfig):
     """`sparsify/transcoder`: a module's output from its input; the encoder does not subtract b_dec, W_dec starts at zero and is never normed."""
 
     transcode: ClassVar[bool] = True
@@ -195,3 +210,60 @@ class SkipTranscoderConfig(TranscoderConfig):
     """`sparsify/skip_transcoder`: a transcoder with a linear path beside it, y += W_skip x."""
 
     skip: ClassVar[bool] = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class EndToEndConfig(SparsifyConfig):
+    """`sparsify/end_to_end`: the SAE stands in the model, and the loss is the model's: `kl` to its own predictions without it, or `ce` of the text.
+
+    An autoencoder of a module's output; or, with a `target_site`, a transcoder of the module between the two (mlp_in.2 and mlp_out.2).
+    """
+
+    loss: Literal["kl", "ce"] = "kl"
+    """`kl`: divergence from the predictions of the model as it is; `ce`: cross-entropy of the next token."""
+    activation: Literal["topk", "groupmax"] = "topk"
+    """Which latents of a row stay: the k largest, or the largest of each of k groups."""
+    skip_connection: bool = False
+    """A linear path from the input to the output (transcoders only)."""
+
+    @property
+    def loss_fn(self) -> str:  # type: ignore[override]
+        """The library's word."""
+        return self.loss
+
+    @property
+    def skip(self) -> bool:  # type: ignore[override]
+        """The library's word."""
+        return self.skip_connection
+
+    @property
+    def activation_word(self) -> str:
+        return self.activation
+
+    def transcodes(self, job: Job) -> bool:
+        return job.target_site is not None
+
+    def cautions(self, job: Job) -> Iterator[str]:
+        yield from super().cautions(job)
+        if self.loss == "ce" and self.transcodes(job):
+            yield (
+                "under ce sparsify puts an identity in the place of a transcoder's module (trainer.py:343), "
+                "so that b_dec starts at the mean of the module's input instead of its output"
+            )
+
+    def check(self, job: Job) -> Iterator[str]:
+        yield from super().check(job)
+        if self.skip_connection and not self.transcodes(job):
+            yield "skip_connection is for transcoders: name a target_site, or leave it out"
+
+    def check_model(self, job: Job, shape: ModelShape, context: int) -> Iterator[str]:
+        """Whether the sites are a module of this model that the library can replace, and a step holds a whole sequence."""
+        from saehub.errors import UsageError
+        from saehub_sparsify.names import hookpoint
+
+        if self.batch < context:
+            yield f"batch is {self.batch} positions, less than one sequence of {context}; raise batch, or lower data.train.context"
+        try:
+            hookpoint(job.site, job.target_site, shape)
+        except UsageError as error:
+            yield f"site {job.site}{f' to {job.target_site}' if job.target_site else ''}: {error.what}; {error.fix}"

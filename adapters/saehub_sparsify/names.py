@@ -9,7 +9,7 @@ from typing import Any
 
 from saehub.api import ModelShape
 from saehub.checkpoint.foreign import local_shape, read_config
-from saehub.errors import SaehubError
+from saehub.errors import SaehubError, UsageError
 from saehub.sites import FAMILIES, Site
 
 RUN_CONFIG = "config.json"
@@ -81,6 +81,29 @@ def translate(name: str, shape: ModelShape | None) -> str | None:
         return _in_family(name, shape) if shape.family in FAMILIES else None
     sites = {_in_family(name, ModelShape(family, 10**6, 1, 1, 1, 1, 1, 1)) for family in FAMILIES} - {None}
     return sites.pop() if len(sites) == 1 else None
+
+
+_CALLED_BY_KEYWORD = {"self_attn": "o_proj", "attention": "dense"}
+"""Modules that models call with keyword arguments only, which the library's hook cannot read (trainer.py:360); and their last linear layer,
+whose output is the same tensor."""
+
+
+def hookpoint(site: str, target_site: str | None, shape: ModelShape) -> str:
+    """The module (from the base model) whose output an SAE replaces: that which gives `site`, or that between `site` and `target_site`.
+
+    UsageError where there is none.
+    """
+    if target_site is not None:
+        reads, gives = Site.parse(site).tap(shape), Site.parse(target_site).tap(shape)
+        if (reads.io, gives.io) != ("in", "out") or reads.module != gives.module:
+            raise UsageError("they are not the input and the output of one module", fix="such as site: mlp_in.2, target_site: mlp_out.2")
+        prefix = FAMILIES[shape.family][0] if shape.family in FAMILIES else ""
+        return reads.module.removeprefix(f"{prefix}.")
+    name = Site.parse(site).names(shape)["sparsify"]
+    if name is None:
+        raise UsageError("no module of this model gives it as its output", fix="a site that one does, such as resid_post.2, mlp_in.2 or mlp_out.2")
+    last = name.rpartition(".")[2]
+    return f"{name}.{_CALLED_BY_KEYWORD[last]}" if last in _CALLED_BY_KEYWORD else name
 
 
 def _in_family(name: str, shape: ModelShape) -> str | None:

@@ -181,7 +181,7 @@ class Watch:
         self.last["lr"] = float(self._rate["lr"])
 
 
-def make_trainer(config: SparsifyConfig, job: Job, hookpoints: list[str], dataset: Any, model: Any, *, batch_size: int, loss_fn: str = "fvu", **more: Any) -> Any:
+def make_trainer(config: SparsifyConfig, job: Job, hookpoints: list[str], dataset: Any, model: Any, *, batch_size: int, **more: Any) -> Any:
     """The library's Trainer for one job, weights drawn from `job.seed` (or read from `job.init_from`); global random states stay as they are."""
     parts = library.training()
     coder = parts.coder_config(
@@ -190,13 +190,13 @@ def make_trainer(config: SparsifyConfig, job: Job, hookpoints: list[str], datase
         k=config.k,
         multi_topk=config.multi,
         normalize_decoder=config.normalize_decoder,
-        transcode=config.transcode,
+        transcode=config.transcodes(job),
         skip_connection=config.skip,
     )
     settings = parts.train_config(
         sae=coder,
         batch_size=batch_size,
-        loss_fn=loss_fn,
+        loss_fn=config.loss_fn,
         optimizer=config.optimizer,
         lr=config.lr,
         lr_warmup_steps=config.warmup_steps(job),

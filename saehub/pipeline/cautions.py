@@ -8,6 +8,12 @@ from typing import Any
 from saehub.api import Job
 
 
+OWN_LOOP = (
+    "it runs the model in a loop of its own: it shares no stream with other jobs, extract.normalize does not apply, and a stopped run goes on from "
+    "its last state without the promise to end bit-identical"
+)
+
+
 def cautions_of(config: Any, job: Job) -> tuple[str, ...]:
     """What a trainer's config says about a job before it starts (`config.cautions`, `config.inexact_resume`; both optional)."""
     found = list(config.cautions(job)) if hasattr(config, "cautions") else []

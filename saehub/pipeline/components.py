@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import weakref
 from collections import deque
 from dataclasses import asdict, is_dataclass
 from multiprocessing.connection import Connection
@@ -31,6 +32,8 @@ class WorkerProcess:
         self.scratch = tempfile.TemporaryDirectory(prefix="saehub-worker-", dir=_fast_scratch())
         self.wire = Wire(Path(self.scratch.name), fetch=None)
         self.last_words: deque[str] = deque(maxlen=40)
+        self.released: deque[int] = deque()
+        """Objects in the worker that nothing here refers to any more; it is told with the next request."""
         down_read, down_write = os.pipe()
         up_read, up_write = os.pipe()
         self.process = subprocess.Popen(
@@ -60,6 +63,11 @@ class WorkerProcess:
 
     def ask(self, request: dict) -> Any:
         """Send one request, wait for its answer; errors arrive as SaehubErrors."""
+        while self.released:
+            self._send({"op": "drop", "ref": self.released.popleft()})
+        return self._send(request)
+
+    def _send(self, request: dict) -> Any:
         try:
             self.connection.send(request)
             answer = self.connection.reader.recv_bytes()
@@ -124,6 +132,7 @@ class Remote:
 
     def __init__(self, worker: WorkerProcess, ref: int, kind: str):
         self._worker, self._ref, self._kind = worker, ref, kind
+        weakref.finalize(self, worker.released.append, ref).atexit = False
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):

@@ -52,8 +52,10 @@ def of_plan(plan: Plan, stages: Sequence[Stage]) -> list[list[Stage]]:
 def totals(stages: Sequence[Stage], device: str, known: dict[str, Any]) -> dict[str, Any]:
     """What a plan says: `passes` (ids of the trainings still to do, pass by pass), the `train_memory` of the largest, and `train_budget`."""
     free = budget(device, known, planning=True)
-    parts = split([stage for stage in stages if not stage.cached], free)
-    largest = max((sum(stage.detail["memory"] for stage in part) for part in parts), default=0)
+    left = [stage for stage in stages if not stage.cached]
+    parts = split([stage for stage in left if not stage.spec.get("own_loop")], free)
+    alone = [[stage] for stage in left if stage.spec.get("own_loop")]  # one after another, without the stream
+    largest = max((sum(stage.detail["memory"] for stage in part) for part in [*parts, *alone]), default=0)
     return {"passes": [[stage.id for stage in part] for part in parts], "train_memory": largest, "train_budget": free}
 
 

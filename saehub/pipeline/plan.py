@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saehub.api import Job, ModelShape, ModelSpec
+from saehub.api import Job, ModelShape, ModelSpec, owns_its_loop
 from saehub.errors import RecipeError, SaehubError
 from saehub.pipeline import estimate, keys, passes
-from saehub.pipeline.cautions import cautions_of, grouped
+from saehub.pipeline.cautions import OWN_LOOP, cautions_of, grouped
 from saehub.pipeline.pairs import refusals
 from saehub.pipeline.workspace import Store, free_bytes, home
 from saehub.plugins import Catalog, Registered
@@ -338,13 +338,24 @@ class _Planner:
             if job.steps < 1:
                 self._problem(f"{path}.with.batch", f"one batch of {batch} rows is more than the {rows} rows of the stream", "fewer rows a batch, or more data.train.tokens")
                 continue
-            for problem in config.check(job) if hasattr(config, "check") else ():
+            for problem in self._problems_of(registered, config, job):
                 knob = str(problem).split()[0].rstrip(":")  # `k is 99, …`: the problem belongs to that setting
                 self._problem(f"{path}.with.{knob}" if hasattr(config, knob) else f"{path}.with", str(problem))
             made.append(self._train_stage(registered, config, job, entry))
         self.warnings += grouped({stage.id.partition("/")[2]: stage.spec["cautions"] for stage in made})
+        made.sort(key=lambda stage: stage.spec["own_loop"])  # those that share the stream first
         self.stages += made
         return made
+
+    def _problems_of(self, registered: Registered, config: Any, job: Job) -> Iterator[str]:
+        """What a trainer's config says against a job."""
+        yield from config.check(job) if hasattr(config, "check") else ()
+        if not owns_its_loop(registered.component):
+            return
+        if not self.needs_text or self.shape is None:
+            yield f"{registered.address} runs the language model, which {self.stream['extractor']} does not; extract: {{uses: native/hf, …}} and a model"
+        elif hasattr(config, "check_model"):
+            yield from config.check_model(job, self.shape, self.policy["context"])
 
     def _each_site(self) -> Iterator[tuple[Any, str]]:
         """Each entry with its site: one SAE for every extracted site where it names none, with ids `id@site`."""
@@ -374,7 +385,11 @@ class _Planner:
         if job.target_site:
             detail["target_site"] = job.target_site
         inputs = ("tokens/train",) if self.needs_text else ()
-        spec = {"job": job, "config": config, "cautions": () if self.problems else cautions_of(config, job)}
+        own_loop = owns_its_loop(registered.component)
+        cautions = () if self.problems else (*cautions_of(config, job), *([OWN_LOOP] if own_loop else []))
+        spec = {"job": job, "config": config, "cautions": cautions, "own_loop": own_loop}
+        if own_loop:
+            detail["loop"] = "its own"
         stage = Stage(f"train/{job.id}", "train", key, Path(), registered.address, inputs, detail=detail, spec=spec)
         return self._locate(stage, registered)
 
@@ -487,10 +502,11 @@ class _Planner:
         extract, rows = self.recipe.extract, self.stream["rows"]
         per_token = sum(self.widths.values()) * estimate.BYTES[extract.dtype]
         trains = self.of("train")
+        streams = any(not stage.spec["own_loop"] for stage in trains)
         total = per_token * rows
         totals = {
             "bytes_per_token": per_token,
-            "activation_bytes": total if trains else 0,
+            "activation_bytes": total if streams else 0,
             "block_memory": estimate.block_bytes(extract.block, list(self.widths.values()), extract.dtype),
             "model_memory": estimate.model_bytes(self.shape, self.model.dtype) if self.shape and self.model else 0,
             "disk_free": free_bytes(self.base),
@@ -498,7 +514,7 @@ class _Planner:
         totals |= {"rows": rows, "batches_per_block": self.stream["batches_per_block"], "repeat": self.stream["repeat"], "stream": self.stream["identity"]}
         totals |= (found := passes.totals(trains, self.model.device if self.model else "auto", totals))
         self.warnings += passes.warnings(trains, found)
-        totals["store"] = self._store_choice(total, totals["disk_free"]) if trains else "none"
+        totals["store"] = self._store_choice(total, totals["disk_free"]) if streams else "none"
         totals["peak_memory"] = totals["train_memory"] + totals["block_memory"] + totals["model_memory"]
         return totals
 

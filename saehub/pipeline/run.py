@@ -256,7 +256,7 @@ def _groups(plan: Plan) -> list[list[Stage]]:
 
     def together(stage: Stage) -> tuple:
         if stage.kind == "train":
-            return ("train",)
+            return ("train", stage.id) if stage.spec["own_loop"] else ("train",)
         if stage.kind == "evaluate":
             return ("evaluate", stage.spec["entry"])
         return (stage.kind, stage.id)
@@ -333,9 +333,14 @@ def _load(context: Context, stages: list[Stage]) -> None:
 
 
 def _train(context: Context, stages: list[Stage]) -> None:
-    from saehub.pipeline.train import run_pass
+    if stages[0].spec["own_loop"]:
+        from saehub.pipeline.loop import run_loop
 
-    run_pass(context, stages)
+        run_loop(context, stages[0])
+    else:
+        from saehub.pipeline.train import run_pass
+
+        run_pass(context, stages)
 
 
 def _export(context: Context, stages: list[Stage]) -> None:

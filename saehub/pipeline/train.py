@@ -7,12 +7,12 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from saehub.api import CalibrationRows, Job
+from saehub.api import CalibrationRows
 from saehub.errors import Interrupted, SaehubError, StageFailed
-from saehub.pipeline.cautions import inexact_resume
-from saehub.pipeline.components import Remote, optional
+from saehub.pipeline.components import optional
 from saehub.pipeline.early import early_look
-from saehub.pipeline.resume import State, drop_states, load_state, save_state
+from saehub.pipeline.progress import Progress
+from saehub.pipeline.resume import drop_states
 from saehub.seeds import derive
 
 if TYPE_CHECKING:
@@ -22,35 +22,27 @@ if TYPE_CHECKING:
     from saehub.pipeline.plan import Stage
     from saehub.pipeline.stream import HubStream
 
-REPORT_SECONDS = 0.5
 REMOTE_STEPS = 32
 PROBE_ROWS = 256
 
 
-class Trainee:
-    """One job: its session, the rows it has not used yet, and how far it is."""
+class Trainee(Progress):
+    """One job on the shared stream: its session, the rows it has not used yet, and how far it is."""
 
     def __init__(self, context: Context, stage: Stage, stream: HubStream, normalize: str):
         from saehub.activations.batches import Batcher
 
-        self.context, self.stage = context, stage
-        self.job: Job = replace(stage.spec["job"], device=context.device)
+        super().__init__(context, stage)
         self.scale_in = stream.scale(self.job.site, normalize)
         self.scale_out = stream.scale(self.job.target_site, normalize) if self.job.target_site else self.scale_in
-        self.folder = context.plan.store.state_path(stage.key)
-        self.step = 0
         self.batcher = Batcher(self.job.batch)
-        self.metrics: dict[str, float] = {}
-        self.error: SaehubError | None = None
         if self.job.init_from is not None:
             self.job = replace(self.job, init_from=self._start(self.job.init_from))
-        registered = context.plan.catalog.find("trainer", stage.component)
-        trainer = context.components.make(registered, stage.spec["config"])
-        self.open = partial(trainer.open, self.job, self._calibration(stream, normalize))
+        self.open = partial(self.make().open, self.job, self._calibration(stream, normalize))
         """A fresh session of this job."""
         self.session = self.open()
-        self.remote = isinstance(self.session, Remote)
-        self._restore()
+        self.resume()
+        self.batcher.carry = self.carry
         self.early = early_look(self)
 
     def _start(self, path: str) -> str:
@@ -69,35 +61,10 @@ class Trainee:
         target = stream.scaled_calibration(job.target_site, normalize) if job.target_site else None
         return CalibrationRows(stream.scaled_calibration(job.site, normalize), target)
 
-    def _restore(self) -> None:
-        from saehub.pipeline.environment import differences
-
-        state, skipped = load_state(self.folder)
-        for text in skipped:
-            self.context.events("warning", self.stage.id, text=f"a saved state is broken and was passed over: {text}")
-        if state is None:
-            return
-        self.session.load_state(state.tensors, state.data)
-        self.step, self.batcher.carry = state.step, state.carry
-        changed = differences(state.environment, self.context.environment)
-        promise = inexact_resume(self.stage.spec["config"], self.job)
-        changed += [promise] if promise else []
-        if changed:
-            self.context.events("warning", self.stage.id, text=f"resume: inexact ({'; '.join(changed)})")
-        exact = not changed and self.context.facts["resume"] != "inexact"
-        self.context.facts["resume"] = "exact" if exact else "inexact"
-        self.context.facts.setdefault("resume_changes", []).extend(changed)
-        self.context.events("log", self.stage.id, text=f"going on from step {self.step} of {self.job.steps}")
-
     @property
     def next_row(self) -> int:
         """The stream row that this job needs next."""
         return self.step * self.job.batch + self.batcher.carried
-
-    @property
-    def done(self) -> bool:
-        """All steps taken, or failed."""
-        return self.step >= self.job.steps or self.error is not None
 
     def feed(self, rows: dict[str, Tensor], stop: Any) -> None:
         """Take the steps that these rows (of this job's sites) fill; keep the rest.
@@ -132,32 +99,16 @@ class Trainee:
                 self.session.step(*(tensor.to(self.job.device) for tensor in batch.values()))
         self.step += len(waiting)
         waiting.clear()
-        self.report()
+        self.tell()
 
-    _told = 0.0
-
-    def report(self, force: bool = False) -> None:
-        """Metrics to the event stream, twice a second at most (reading them can wait for the device)."""
-        now = time.monotonic()
-        if not force and now - self._told < REPORT_SECONDS:
-            return
-        self._told = now
-        if not self.remote:
-            self.metrics = self.session.metrics()
-        loss = self.metrics.get("loss")
-        self.context.events("progress", self.stage.id, done=self.step, total=self.job.steps, unit="steps", rows=self.step * self.job.batch, metrics=self.metrics)
-        if loss is not None and loss != loss:
-            raise StageFailed(
-                f"the loss of {self.job.id} is NaN at step {self.step} of {self.job.steps}",
-                where=self.stage.id,
-                why="learning rate too high, or activations that overflow the stream's dtype",
-                fix="a lower lr, extract.dtype: float32, or extract.normalize: sqrt_d; the state before it is kept",
-            )
+    def look(self) -> dict[str, float]:
+        """Metrics of the last step: a worker sent them with it."""
+        return self.metrics if self.remote else super().look()
 
     def save(self) -> None:
-        """Write the state between two batches."""
-        tensors, data = self.session.state()
-        save_state(self.folder, State(self.step, tensors, data, self.batcher.carry, self.context.environment))
+        """Write the state between two batches, with the rows that wait to be used."""
+        self.carry = self.batcher.carry
+        super().save()
 
 
 def run_pass(context: Context, stages: list[Stage]) -> None:
@@ -187,8 +138,8 @@ def run_pass(context: Context, stages: list[Stage]) -> None:
         elapsed = time.monotonic() - begun
         for trainee in trainees:
             if trainee.error is None:
-                trainee.report(force=True)
-                _finish(context, trainee, stream, elapsed)
+                trainee.tell(force=True)
+                finish(context, trainee, stream, elapsed)
     errors = [trainee.error for trainee in trainees if trainee.error]
     if errors:
         raise errors[0]
@@ -236,7 +187,7 @@ def failed(context: Context, stage: Stage, error: SaehubError) -> None:
     context.events("stage_failed", stage.id, error=error.to_json())
 
 
-def _finish(context: Context, trainee: Trainee, stream: HubStream, elapsed: float) -> None:
+def finish(context: Context, trainee: Progress, stream: HubStream, elapsed: float) -> None:
     """Fold the stream's normalisation, attach provenance and the golden probe, and publish the checkpoint."""
     import torch
 
@@ -266,7 +217,7 @@ def _finish(context: Context, trainee: Trainee, stream: HubStream, elapsed: floa
     context.events("stage_finished", stage.id, seconds=elapsed, metrics=trainee.metrics, path=str(stage.where))
 
 
-def provenance(context: Context, trainee: Trainee, stream: HubStream) -> dict[str, Any]:
+def provenance(context: Context, trainee: Progress, stream: HubStream) -> dict[str, Any]:
     """Where a checkpoint comes from: the part of saehub.json that is not mathematics."""
     from saehub.pipeline.keys import plain_config
 

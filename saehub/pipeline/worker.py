@@ -20,12 +20,13 @@ class Worker:
 
         self.connection = connection
         self.objects: dict[int, Any] = {}
+        self.kept = 0
         self.wire = Wire(scratch, keep=self._keep, fetch=self.objects.__getitem__)
 
     def _keep(self, value: Any) -> int:
-        number = len(self.objects) + 1
-        self.objects[number] = value
-        return number
+        self.kept += 1
+        self.objects[self.kept] = value
+        return self.kept
 
     def serve(self) -> None:
         """Answer until the parent closes the pipe."""
@@ -62,7 +63,8 @@ class Worker:
                     session.step(inputs[start : start + batch], None if targets is None else targets[start : start + batch])
                 return session.metrics()
             case "drop":
-                return self.objects.pop(request["ref"], None) and None
+                self.objects.pop(request["ref"], None)
+                return None
         raise ValueError(f"unknown request {request['op']!r}")
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saehub.api import CalibrationRows, Job, Trainer, TrainerSession
+from saehub.api import CalibrationRows, Job, Trainer, TrainerSession, owns_its_loop
 from saehub.errors import UsageError
 from saehub.testing.conformance import (
     ConformanceReport,
@@ -23,6 +23,7 @@ from saehub.testing.conformance import (
     scratch,
     world_unchanged,
 )
+from saehub.testing.stage import Stage
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -110,8 +111,9 @@ def check_trainer(
     device: str = "cpu",
     only: Collection[str] | None = None,
     workers: Components | None = None,
+    stage: Stage | None = None,
 ) -> ConformanceReport:
-    """Everything that `saehub.api.Trainer` promises, on planted features.
+    """Everything that `saehub.api.Trainer` promises, on planted features; or `LoopTrainer`, on a tiny Llama, where it `needs` the model.
 
     Args:
         component: `"plugin/name"`, a `Registered`, or `(Class, config)`.
@@ -123,19 +125,26 @@ def check_trainer(
         device: where it trains.
         only: names of the checks to run; None: all.
         workers: worker processes to use and to leave running, so that several components share one import of their library; None: own ones.
+        stage: for a trainer that needs the model: a tiny model and texts to reuse between suites; None: new ones.
     """
     subject = resolve("trainer", component, with_, workers)
+    if subject.registered is not None and owns_its_loop(subject.registered.component):
+        from saehub.testing.loops import loop_checks
+
+        with scratch() as folder:
+            found = loop_checks(subject, stage or Stage(Path(folder)), steps, component, with_, refuses)
+            return run_checks("trainer", subject.name, found, only, subject.close)
     bench = Bench(subject, d, n_features, l0, steps, device, transcoder)
     checks: list[tuple[str, Callable[[], str | None]]] = [
         *common_checks(subject),
-        ("says what it will do", lambda: _says_what_it_will_do(bench)),
-        ("same job, same bytes", lambda: _deterministic(bench)),
+        ("says what it will do", lambda: says_what_it_will_do(bench)),
+        ("same job, same bytes", lambda: deterministic(bench)),
         ("jobs side by side as alone", lambda: _side_by_side(bench)),
         ("save and restore", lambda: _save_and_restore(bench)),
         ("inputs untouched", lambda: _inputs_untouched(bench)),
         ("surroundings untouched", lambda: _surroundings(bench)),
-        ("metrics", lambda: _metrics(bench)),
-        ("a valid SAE", lambda: _valid_sae(bench)),
+        ("metrics", lambda: metrics(bench)),
+        ("a valid SAE", lambda: valid_sae(bench)),
         ("transcoders done or refused", lambda: _transcoder(bench)),
         ("impossible jobs refused", lambda: _refuses(bench, subject, component, with_, list(refuses))),
         ("warm start done or refused", lambda: _warm_start(bench)),
@@ -154,7 +163,8 @@ def _problems(bench: Bench, job: Job) -> list[str] | None:
     return problems
 
 
-def _says_what_it_will_do(bench: Bench) -> str:
+def says_what_it_will_do(bench: Bench) -> str:
+    """The config knows the job's sizes, and refuses nothing."""
     problems = _problems(bench, bench.job)
     expect(not problems, f"check(job) refuses the job of this suite: {problems}")
     config, said = bench.subject.config, []
@@ -171,7 +181,8 @@ def _says_what_it_will_do(bench: Bench) -> str:
     return ", ".join(said)
 
 
-def _deterministic(bench: Bench) -> str:
+def deterministic(bench: Bench) -> str:
+    """A job depends on nothing but itself."""
     finals = []
     for seed in (1, 2):
         with other_random_state(seed):
@@ -269,17 +280,19 @@ def _surroundings(bench: Bench) -> str:
     return "random states, gradient mode, dtype, threads, precision, environment"
 
 
-def _metrics(bench: Bench) -> str:
+def metrics(bench: Bench) -> str:
+    """At least a loss; finite numbers."""
     session = bench.train(bench.short(), 4)
-    metrics = session.metrics()
-    expect("loss" in metrics, f"metrics() has no `loss`: {sorted(metrics)}")
-    for name, value in metrics.items():
+    found = session.metrics()
+    expect("loss" in found, f"metrics() has no `loss`: {sorted(found)}")
+    for name, value in found.items():
         expect(isinstance(value, (int, float)) and value == value and abs(value) < float("inf"), f"metrics()[{name!r}] is {value!r}")
-    json.dumps(metrics)
-    return ", ".join(f"{name} {value:.3g}" for name, value in metrics.items())
+    json.dumps(found)
+    return ", ".join(f"{name} {value:.3g}" for name, value in found.items())
 
 
-def _valid_sae(bench: Bench) -> str:
+def valid_sae(bench: Bench) -> str:
+    """What was announced, in float32, and the same after a trip to disk."""
     import torch
 
     from saehub.checkpoint.format import save

@@ -1,18 +1,20 @@
 """A folder in; runs that Sparsify's own Trainer made on a language model, the rows that it saw there, and the SAEs that it saved, out.
 
-Run in a process of its own (`python sparsify_trains.py FOLDER`). For every run: `<run>/<hookpoint>[/seedN]/` as the library saves it,
+Run in a process of its own (`python sparsify_trains.py FOLDER MODEL`). For every run: `<run>/<hookpoint>[/seedN]/` as the library saves it,
 `<run>/rows.safetensors` with `x` and, for a transcoder, `y` of every step and hookpoint ([steps, batch, d]), `features.safetensors` with
-what each saved SAE computes for x of the last step.
+what each saved SAE computes for x of the last step. The runs of END_TO_END take the model in the folder MODEL and the sequences in
+FOLDER/tokens.safetensors. `facts.json`: gradients that the library does not give, and what a session of ours changes around itself.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 D, LATENTS, K, STEPS, SEQUENCES, LENGTH = 16, 48, 6, 12, 4, 16
 TOPK, GROUPMAX, MULTI = {}, {"activation": "groupmax"}, {"multi_topk": True}
@@ -41,13 +43,20 @@ RUNS = {
     "chunks": ({"normalize_decoder": False}, ["layers.1"], {**ADAM, "micro_acc_steps": 3}),
     "several": (TOPK, ["layers.0", "layers.1"], {**ADAM, "init_seeds": [3, 5]}),
 }
+# run -> (the coder's settings, hookpoint, the run's settings)
+END_TO_END = {
+    "kl": (TOPK, "layers.0", {**ADAM, "loss_fn": "kl"}),
+    "ce": (GROUPMAX, "layers.0", {"loss_fn": "ce"}),
+    "ce transcoder": (SKIP, "layers.1.mlp", {**ADAM, "loss_fn": "ce"}),
+}
 
 
 class Tokens(torch.utils.data.Dataset):
-    """Random sequences."""
+    """Sequences: random ones unless given."""
 
-    def __init__(self):
-        self.ids = torch.randint(0, 50, (STEPS * SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(1))
+    def __init__(self, ids: torch.Tensor | None = None):
+        random = torch.randint(0, 50, (STEPS * SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(1))
+        self.ids = random if ids is None else ids
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -99,7 +108,69 @@ def main(folder: Path) -> None:
         save_file(features, folder / name / "features.safetensors")
 
 
+def end_to_end(folder: Path, model: Path) -> None:
+    """Every run of END_TO_END on the sequences of FOLDER/tokens.safetensors, whose ids in `exclude` are left out."""
+    from sparsify import SparseCoderConfig, TrainConfig, Trainer
+    from transformers import AutoModelForCausalLM
+
+    given = load_file(folder / "tokens.safetensors")
+    for name, (coder, point, settings) in END_TO_END.items():
+        sae = SparseCoderConfig(num_latents=LATENTS, k=K, **coder)
+        more = {**settings, "exclude_tokens": given["exclude"].tolist(), "save_dir": str(folder), "run_name": name}
+        cfg = TrainConfig(sae, batch_size=SEQUENCES, hookpoints=[point], log_to_wandb=False, **more)
+        hf = AutoModelForCausalLM.from_pretrained(model, attn_implementation="eager").eval()
+        Trainer(cfg, Tokens(given["ids"]), hf).fit()
+
+
+def gradients() -> dict[str, float]:
+    """Norms of encoder gradients: of AuxK and of multi-topk, which autograd would give; and of latents that were selected at zero."""
+    from sparsify import SparseCoder, SparseCoderConfig
+
+    torch.manual_seed(0)
+    x_ND = torch.randn(64, D)
+    coder = SparseCoder(D, SparseCoderConfig(num_latents=LATENTS, k=K, multi_topk=True))
+    out = coder(x_ND, dead_mask=torch.arange(LATENTS) < LATENTS // 2)
+    parameters = list(coder.encoder.parameters())
+    found = {}
+    for name, loss in (("auxk", out.auxk_loss), ("multi_topk", out.multi_topk_fvu)):
+        found[name] = sum(float(g.norm()) for g in torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True) if g is not None)
+        found[f"{name} decoder"] = float(torch.autograd.grad(loss, coder.W_dec, retain_graph=True)[0].norm())
+    coder = SparseCoder(D, SparseCoderConfig(num_latents=LATENTS, k=K))
+    coder.encoder.bias.data.fill_(-100.0)  # no pre-activation is positive: nothing is active, nothing should learn
+    found["inactive"] = float(torch.autograd.grad(coder(x_ND).fvu, coder.encoder.weight)[0].norm())
+    return found
+
+
+def isolation() -> dict[str, object]:
+    """A session of ours in this process: what it changes around itself, and whether it imported or wrote anything."""
+    from saehub_sparsify.config import TopKConfig
+    from saehub_sparsify.training import SparsifyTrainer
+
+    from saehub.api import Job
+    from saehub.testing.conformance import world_unchanged
+
+    torch.set_float32_matmul_precision("highest")  # the library's own runs left it at "high"
+    files = set(os.listdir())
+    x_ND = torch.randn(3, 64, D)
+    kept = x_ND.clone()
+    with world_unchanged():
+        session = SparsifyTrainer(TopKConfig(k=K, width=LATENTS, batch=64, optimizer="muon")).open(Job("j", "s", None, D, D, 3, 64, 192, 0), None)
+        for x_BD in x_ND:
+            session.step(x_BD)
+        session.load_state(*session.state())
+        session.finish()
+    return {
+        "precision": torch.get_float32_matmul_precision(),
+        "inputs": torch.equal(kept, x_ND),
+        "wandb": "wandb" in sys.modules,
+        "written": sorted(set(os.listdir()) - files),
+    }
+
+
 if __name__ == "__main__":
     os.environ |= {"SPARSIFY_DISABLE_TRITON": "1", "WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]))
+    target = Path(sys.argv[1])
+    main(target)
+    end_to_end(target, Path(sys.argv[2]))
+    (target / "facts.json").write_text(json.dumps({"gradients": gradients(), "isolation": isolation()}))

@@ -124,6 +124,9 @@ RECOVER = {"abstopk": 0.7}  # planted features add up with positive signs only; 
 
 def sparsify(word: str) -> dict:
     """Settings of a Sparsify trainer, and what it must refuse."""
+    if word == "end_to_end":
+        refuses = [{"k": 0}, {"batch": 8}, {"skip_connection": True}, {"activation": "groupmax", "k": 5}]
+        return {"with_": {**TRAIN, "batch": 64, "k": 4, "optimizer": "adam", "lr": 3e-3}, "refuses": refuses, "steps": 40}
     refuses = [{"k": 1000}, {"k": 0}, {"lr": -1.0}, {"expansion": 4.0}, {"optimizer": "adam", "warmup": 400}, {"k_decay_steps": 401}]
     refuses += {"groupmax": [{"k": 5}, {"k_decay_steps": 10}], "multi_topk": [{"k": 25}]}.get(word, [])
     arguments = {"with_": {**TRAIN, "k": 4}, "refuses": refuses, "transcoder": "transcoder" in word}
@@ -207,7 +210,7 @@ ARGUMENTS = {
         f"saelens/{word}": (lambda tmp, word=word, with_=with_: {"with_": {**TRAIN, "lr": 3e-3, **with_}, "recover": RECOVER.get(word, 0.8), "refuses": [{"lr": 0.0}, {"lr_warm_up_steps": 400}]})
         for word, with_ in SAELENS.items()
     },
-    **{f"sparsify/{word}": (lambda tmp, word=word: sparsify(word)) for word in ("topk", "groupmax", "multi_topk", "transcoder", "skip_transcoder")},
+    **{f"sparsify/{word}": (lambda tmp, word=word: sparsify(word)) for word in ("topk", "groupmax", "multi_topk", "transcoder", "skip_transcoder", "end_to_end")},
     **{f"dictionary_learning/{name}": (lambda tmp, given=given: dict(given)) for name, given in DICTIONARY_LEARNING.items()},
     "dictionary_learning/evaluate": lambda tmp: {"with_": {"batch": 64, "batch_size": 8}},
     "native/files": lambda tmp: stored_activations(tmp / "activations"),
@@ -229,7 +232,7 @@ def test_arguments_name_components_that_exist():
 def test_component(address, stage, workers, tmp_path):
     kind = KIND[address]
     arguments = {**ARGUMENTS.get(address, lambda tmp: {})(tmp_path), "workers": workers}
-    if kind in ("extractor", "evaluator"):
+    if kind != "exporter":
         arguments.setdefault("stage", stage)
     report = CHECKS[kind](address, **arguments)
     assert report.ok, f"\n{report}"

@@ -67,7 +67,7 @@ def main() -> None:
     elif MOMENT == "between state and rename":
         resume.write_json_atomic = after(AT, resume.write_json_atomic)
     elif MOMENT == "while publishing":
-        train._finish = after(AT, train._finish)
+        train.finish = after(AT, train.finish)
     import saehub
 
     saehub.run(RECIPE)

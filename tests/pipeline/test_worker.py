@@ -43,6 +43,12 @@ def test_worker_round_trip(toy_plugin, capfd):
         assert torch.equal(tensors["w"], expected) and data == {"n": 3} and metrics["steps"] == 3
         assert trainer.open(job, CalibrationRows(torch.ones(8, 3))).load_state(tensors, data) is None
 
+        other = trainer.open(job, CalibrationRows(torch.zeros(8, 3)))
+        del session
+        assert torch.equal(other.state()[0]["w"], torch.zeros(3)), "a session that was let go takes no other with it"
+        assert not echo._worker.released and other.offers("step")
+        assert other._ref not in (trainer._ref, echo._ref)
+
         with pytest.raises(StageFailed) as death:
             echo.die(7)
         assert "exit code 7" in death.value.what and "last words" in death.value.said

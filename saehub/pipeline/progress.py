@@ -1,0 +1,104 @@
+"""A training stage in; its session, its metrics as events, and its states on disk, from which it goes on, out."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from saehub.api import Job
+from saehub.errors import SaehubError, StageFailed
+from saehub.pipeline.cautions import inexact_resume
+from saehub.pipeline.components import Remote
+from saehub.pipeline.resume import State, load_state, save_state
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from saehub.pipeline.context import Context
+    from saehub.pipeline.plan import Stage
+
+REPORT_SECONDS = 0.5
+
+
+class Progress:
+    """One job under way: its session, how far it is, and its states on disk."""
+
+    session: Any
+    early: Any = None
+    """Looks on the way (`saehub.pipeline.early`)."""
+    scale_in = scale_out = 1.0
+
+    def __init__(self, context: Context, stage: Stage):
+        self.context, self.stage = context, stage
+        self.job: Job = replace(stage.spec["job"], device=context.device)
+        self.folder = context.plan.store.state_path(stage.key)
+        self.step = 0
+        self.metrics: dict[str, float] = {}
+        self.error: SaehubError | None = None
+        self.carry: dict[str, Tensor] = {}
+
+    def make(self) -> Any:
+        """The stage's trainer, here or in its worker."""
+        registered = self.context.plan.catalog.find("trainer", self.stage.component)
+        return self.context.components.make(registered, self.stage.spec["config"])
+
+    @property
+    def remote(self) -> bool:
+        """Whether the session lives in a worker."""
+        return isinstance(self.session, Remote)
+
+    def resume(self) -> None:
+        """Go on from the newest whole state, if there is one."""
+        from saehub.pipeline.environment import differences
+
+        state, skipped = load_state(self.folder)
+        for text in skipped:
+            self.context.events("warning", self.stage.id, text=f"a saved state is broken and was passed over: {text}")
+        if state is None:
+            return
+        self.session.load_state(state.tensors, state.data)
+        self.step, self.carry = state.step, state.carry
+        changed = differences(state.environment, self.context.environment)
+        promise = inexact_resume(self.stage.spec["config"], self.job)
+        promise = promise or ("a trainer that runs the model itself promises none" if self.stage.spec["own_loop"] else None)
+        changed += [promise] if promise else []
+        if changed:
+            self.context.events("warning", self.stage.id, text=f"resume: inexact ({'; '.join(changed)})")
+        exact = not changed and self.context.facts["resume"] != "inexact"
+        self.context.facts["resume"] = "exact" if exact else "inexact"
+        self.context.facts.setdefault("resume_changes", []).extend(changed)
+        self.context.events("log", self.stage.id, text=f"going on from step {self.step} of {self.job.steps}")
+
+    @property
+    def done(self) -> bool:
+        """All steps taken, or failed."""
+        return self.step >= self.job.steps or self.error is not None
+
+    _told = 0.0
+
+    def tell(self, force: bool = False) -> None:
+        """Metrics to the event stream, twice a second at most (reading them can wait for the device)."""
+        now = time.monotonic()
+        if not force and now - self._told < REPORT_SECONDS:
+            return
+        self._told = now
+        self.metrics = self.look()
+        loss = self.metrics.get("loss")
+        self.context.events("progress", self.stage.id, done=self.step, total=self.job.steps, unit="steps", rows=self.step * self.job.batch, metrics=self.metrics)
+        if loss is not None and loss != loss:
+            raise StageFailed(
+                f"the loss of {self.job.id} is NaN at step {self.step} of {self.job.steps}",
+                where=self.stage.id,
+                why="learning rate too high, or activations that overflow the stream's dtype",
+                fix="a lower lr, extract.dtype: float32, or extract.normalize: sqrt_d; the state before it is kept",
+            )
+
+    def look(self) -> dict[str, float]:
+        """Metrics of the last step."""
+        return self.session.metrics()
+
+    def save(self) -> None:
+        """Write the state between two batches."""
+        tensors, data = self.session.state()
+        save_state(self.folder, State(self.step, tensors, data, self.carry, self.context.environment))
