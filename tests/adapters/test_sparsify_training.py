@@ -178,8 +178,8 @@ data: {{train: {{source: {text}, tokens: 4_000, context: 32}}}}
 extract: {{sites: [resid_post.0, mlp_in.1, mlp_out.1], store: none, block: 1_000, lm_batch: 8, calibration: 200}}
 train:
   - {{id: signum, uses: sparsify/topk, site: resid_post.0, with: {{k: 4, width: 64, batch: 100}}}}
-  - {{id: adam, uses: sparsify/groupmax, site: mlp_out.1, seed: 5, with: {{k: 4, width: 64, batch: 90, optimizer: adam, k_decay_steps: 0}}}}
-  - {{id: muon, uses: sparsify/multi_topk, site: resid_post.0, with: {{k: 4, width: 64, batch: 100, optimizer: muon, k_decay_steps: 20}}}}
+  - {{id: adam, uses: sparsify/topk, site: mlp_out.1, seed: 5, with: {{k: 4, width: 64, batch: 90, optimizer: adam, k_decay_steps: 20}}}}
+  - {{id: muon, uses: sparsify/multi_topk, site: resid_post.0, with: {{k: 4, width: 64, batch: 100, optimizer: muon}}}}
   - {{id: skip, uses: sparsify/skip_transcoder, site: mlp_in.1, target_site: mlp_out.1, with: {{k: 4, width: 64, batch: 100}}}}
 """
 
