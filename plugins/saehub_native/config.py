@@ -84,11 +84,15 @@ class TrainConfig:
         return self.dead_after if self.dead_after is not None else min(DEAD_ROWS, max(8 * self.batch, job.rows // 32))
 
     def memory(self, job: Job) -> int:
-        """Bytes at the peak: parameters, Adam's two moments and scratch, gradients; pre-activations of a chunk; rows of a batch."""
+        """Bytes at the peak: parameters, Adam's two moments and scratch, gradients; pre-activations of a chunk; rows of a batch.
+
+        The libraries' optimizers make temporary copies of everything that they update.
+        """
         latents = self.d_sae(job)
         parameters = latents * (job.d_in + job.d_out + 1) + job.d_out + (job.d_in * job.d_out if self.skip else 0)
         rows = 6 * self.batch * (job.d_in + job.d_out)
-        return 4 * (5 * parameters + rows) + (8 << 20) + 256 * latents
+        copies = 5 if self.optimizer == "adam" else 9
+        return 4 * (copies * parameters + rows) + (8 << 20) + 256 * latents
 
     def check(self, job: Job) -> Iterator[str]:
         """Problems with these settings for this job, each with its fix."""

@@ -35,8 +35,8 @@ class DenseConfig(TrainConfig):
         return self.START if self.sparsity is None else self.sparsity
 
     def memory(self, job: Job) -> int:
-        """As every native trainer, and eight chunks of dense activations."""
-        return super().memory(job) + 8 * max(16 << 20, 64 * 4 * self.d_sae(job))
+        """As every native trainer, and a dozen chunks of dense activations."""
+        return super().memory(job) + 12 * max(16 << 20, 64 * 4 * self.d_sae(job))
 
     def check(self, job: Job) -> Iterator[str]:
         yield from super().check(job)

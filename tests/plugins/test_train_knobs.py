@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -157,3 +159,30 @@ def test_settings_that_cannot_work_are_named(monkeypatch):
     assert "resample is 6" in next(dataclasses.replace(config, resample=6).check(job))
     monkeypatch.setattr("saehub_native.config.find_spec", lambda name: None)
     assert "saehub[schedule-free]" in next(dataclasses.replace(config, optimizer="schedule_free").check(job))
+
+
+@pytest.mark.parametrize(("name", "settings"), [("jumprelu", {"target_l0": 8.0}), ("topk", {"k": 8, "optimizer": "schedule_free"})])
+def test_the_memory_that_a_plan_states_covers_what_training_takes(name, settings):
+    """Peak resident growth of a fresh process over three steps of a wide dictionary, all latents dead from the second on."""
+    code = f"""
+import torch
+from saehub.api import Job
+from saehub.pipeline.environment import peak_resident as peak
+from saehub.plugins import catalog
+from saehub_native.train import NativeTrainer
+torch.set_num_threads(1)
+def train(width, d, batch):
+    config = catalog().find("trainer", "native/{name}").load_config()(width=width, batch=batch, calibration=512, dead_after=1, **{settings})
+    job = Job("j", "resid_post.0", None, d, d, 3, batch, 3 * batch, 0)
+    x = torch.randn(3 * batch, d)
+    before = peak()
+    session = NativeTrainer(config).open(job, lambda n: (x[:n], None))
+    for step in range(3):
+        session.since_fired_F += 5
+        session.step(x[step * batch : (step + 1) * batch])
+    return peak() - before, config.memory(job)
+train(64, 16, 64)
+took, stated = train(16384, 256, 512)
+assert 0.4 * stated < took < 1.1 * stated, (took / 2**20, stated / 2**20)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
