@@ -174,7 +174,7 @@ def run_apart(orders: list[dict]) -> Iterator[dict]:
 
 
 # ---------------------------------------------------------------------------------------------------------------- peers
-def saelens(word: str, steps: int, extra: dict, lrs=(4e-3, 1.2e-2)) -> list[tuple[str, str, dict]]:
+def saelens(word: str, steps: int, extra: dict, lrs=(1e-3, 4e-3, 1.2e-2)) -> list[tuple[str, str, dict]]:
     """SAELens at its default learning rate (3e-4), and at others with a decay and a window that the run can reach."""
     base = {"lr_warm_up_steps": steps // 20, **extra}
     tuned = {"lr_decay_steps": steps // 5, "dead_feature_window": max(8, steps // 32)}
@@ -191,7 +191,7 @@ def dictionary_learning(word: str, steps: int, extra: dict, lrs=(4e-3, 1.2e-2)) 
     return [(name, f"defaults{l1}", base)] + [(name, f"lr {lr:g}, decay{l1}", {**base, "lr": lr, "decay_start": steps * 4 // 5}) for lr in lrs]
 
 
-def sparsify(word: str, steps: int, extra: dict, lrs=(8e-3, 1.6e-2)) -> list[tuple[str, str, dict]]:
+def sparsify(word: str, steps: int, extra: dict, lrs=(2e-3, 8e-3, 1.6e-2)) -> list[tuple[str, str, dict]]:
     """Sparsify at its defaults (signum), and with Adam."""
     name = f"sparsify/{word}"
     adam = {"optimizer": "adam", "warmup": steps // 20}
@@ -218,16 +218,16 @@ def peers(steps: int, fixed: dict) -> dict[str, list[tuple[str, str, dict]]]:
         ],
         "relu": [
             run
-            for l1 in (1.3, 2.0)
-            for run in saelens("standard", steps, fixed | {"l1_coefficient": l1, "l1_warm_up_steps": steps // 20}, lrs=(4e-3, 1.2e-2))
+            for l1 in (2.0, 5.0)
+            for run in saelens("standard", steps, fixed | {"l1_coefficient": l1, "l1_warm_up_steps": steps // 20}, lrs=(4e-3,))
         ]
-        + [run for l1 in (0.05, 0.1) for run in dictionary_learning("standard_april", steps, fixed | warm | {"l1_penalty": l1}, lrs=(4e-3, 1.2e-2))],
+        + [run for l1 in (0.05, 0.1) for run in dictionary_learning("standard_april", steps, fixed | warm | {"l1_penalty": l1}, lrs=(4e-3,))],
         "gated": [
             run
-            for l1 in (2.0, 3.0)
-            for run in saelens("gated", steps, fixed | {"l1_coefficient": l1, "l1_warm_up_steps": steps // 20}, lrs=(4e-3, 1.2e-2))
+            for l1 in (1.0, 3.0)
+            for run in saelens("gated", steps, fixed | {"l1_coefficient": l1, "l1_warm_up_steps": steps // 20}, lrs=(4e-3,))
         ]
-        + [run for l1 in (0.03, 0.1) for run in dictionary_learning("gated", steps, fixed | warm | {"l1_penalty": l1}, lrs=(4e-3, 1.2e-2))],
+        + [run for l1 in (0.03, 0.1) for run in dictionary_learning("gated", steps, fixed | warm | {"l1_penalty": l1}, lrs=(4e-3,))],
     }
 
 
@@ -255,6 +255,7 @@ def main() -> None:
     parser.add_argument("--with", dest="extra", type=json.loads, default={}, help="further settings of the native runs, as JSON")
     parser.add_argument("--out", type=Path, help="JSON of every run, written after each; runs that it holds are not repeated")
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "saehub-quality")
+    parser.add_argument("--known", action="store_true", help="train nothing: the table of what --out holds")
     parser.add_argument("--children", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.children:
@@ -279,7 +280,7 @@ class Bench:
 
     def do(self, rows: Rows, wanted: list[dict]) -> None:
         """Train what is not known, library by library."""
-        left = [run for run in wanted if self.key(run) not in self.known]
+        left = [] if self.arguments.known else [run for run in wanted if self.key(run) not in self.known]
         for plugin in sorted({run["component"].partition("/")[0] for run in left}):
             mine = [run for run in left if run["component"].startswith(f"{plugin}/")]
             orders = [{**run, "folder": str(rows.folder), "threads": self.arguments.threads} for run in mine]
@@ -305,6 +306,8 @@ class Bench:
     def table(self, name: str) -> str:
         """Everything about one data set."""
         arguments = self.arguments
+        if arguments.known and not any(run["data"] == name for run in self.known.values()):
+            return f"{name}: nothing known"
         rows = (gpt2_rows if name == "gpt2" else partial(prepare, name))(arguments.rows, arguments.cache)
         d = rows.train.shape[1]
         fixed = {"batch": arguments.batch, "width": arguments.expansion * d}
@@ -317,7 +320,7 @@ class Bench:
         if arguments.native:
             theirs = {a: [] for a in arguments.only}
         self.do(rows, [entry for entries in theirs.values() for entry in entries])
-        theirs = {a: [dict(self.known[self.key(entry)]) for entry in entries] for a, entries in theirs.items()}
+        theirs = {a: [dict(self.known[self.key(entry)]) for entry in entries if self.key(entry) in self.known] for a, entries in theirs.items()}
         best, ours = {}, {}
         for a in arguments.only:
             penalised = a in ("jumprelu", "relu", "gated")
@@ -329,8 +332,9 @@ class Bench:
         self.do(rows, list(ours.values()))
         lines = []
         for a in arguments.only:
-            mine = dict(self.known[self.key(ours[a])])
-            lines += [mine | {"ratio": mine["fvu"] / best[a]["fvu"] if best[a] else None}, *theirs[a]]
+            mine = self.known.get(self.key(ours[a]))
+            lines += [] if mine is None else [mine | {"ratio": mine["fvu"] / best[a]["fvu"] if best[a] else None}]
+            lines += theirs[a]
         return show(f"{name}: {arguments.rows:,} rows, batch {arguments.batch}, {steps} steps, d {d}, {fixed['width']} latents, L0 {K}", lines)
 
 
