@@ -85,7 +85,7 @@ def products(d: int, n_latents: int, batch: int) -> dict[str, object]:
     }
 
 
-def measure(size: str, auxk: bool, architecture: str, rounds: int, one_thread: bool) -> dict:
+def measure(size: str, auxk: bool, architecture: str, rounds: int, one_thread: bool, rankings: bool) -> dict:
     """Seconds a round of everything at one size, in this process."""
     import peers
 
@@ -96,8 +96,7 @@ def measure(size: str, auxk: bool, architecture: str, rounds: int, one_thread: b
     arguments = (d, n_latents, k, batch, auxk, architecture)
     systems = {
         "native": Native("cpu", *arguments),
-        "native, bfloat16 ranking": Native("cpu:bfloat16", *arguments),
-        "native, float32 ranking": Native("cpu:float32", *arguments),
+        **{f"native, {kind} ranking": Native(f"cpu:{kind}", *arguments) for kind in (("bfloat16", "float32") if rankings else ())},
         "native, plain torch": Native("reference", *arguments),
         **({"Sparsify (Adam)": peers.Sparsify(*arguments)} if architecture == "topk" else {}),
         "dictionary_learning": peers.DictionaryLearning(*arguments),
@@ -148,7 +147,7 @@ def fvu() -> dict:
     from saehub_native import config as configs
     from saehub_native.train import NativeTrainer
 
-    d, batch, steps = 64, 1024, 500
+    d, batch, steps = 64, 1024, 300
     rows = torch.cat(rows_like_activations(batch, d, steps + 9, n_true=512, l0=8))
     calibration, held, train = rows[:4096], rows[4096 : 9 * batch], rows[9 * batch :]
     names = ("TopKConfig", "BatchTopKConfig", "MatryoshkaConfig", "AbsTopKConfig", "GroupMaxConfig")
@@ -156,7 +155,7 @@ def fvu() -> dict:
     for make in (getattr(configs, name) for name in names):
         config = make(k=16, width=1024, batch=batch)
         job = Job("fvu", "resid_post.0", None, d, d, steps, batch, steps * batch, 0)
-        for kernels in ("reference", "cpu:float32", "cpu:bfloat16", "cpu:int8"):
+        for kernels in ("reference", "cpu:bfloat16", "cpu:int8"):
             os.environ["SAEHUB_KERNELS"] = kernels
             session = NativeTrainer(config).open(job, lambda n: (calibration[:n], None))
             for step in range(steps):
@@ -174,6 +173,7 @@ def main() -> None:
     parser.add_argument("--architecture", choices=ARCHITECTURES, default="topk")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--one-thread", action="store_true")
+    parser.add_argument("--rankings", action="store_true", help="also with the slower ranking products")
     parser.add_argument("--fvu", action="store_true")
     parser.add_argument("--json", action="store_true", help="one line of JSON instead of the table")
     parser.add_argument("--part", action="store_true", help=argparse.SUPPRESS)
@@ -187,10 +187,10 @@ def main() -> None:
         print(json.dumps(record) if options.json else "\n".join(lines))
         return
     if options.part:
-        print(json.dumps(measure(options.size, options.auxk, options.architecture, options.rounds, options.one_thread)))
+        print(json.dumps(measure(options.size, options.auxk, options.architecture, options.rounds, options.one_thread, options.rankings)))
         return
     arguments = ["--part", "--size", options.size, "--architecture", options.architecture, "--rounds", str(options.rounds)]
-    arguments += [*(["--auxk"] if options.auxk else []), *(["--one-thread"] if options.one_thread else [])]
+    arguments += [name for name in ("--auxk", "--one-thread", "--rankings") if getattr(options, name[2:].replace("-", "_"))]
     record = {
         **interleaved.machine(),
         "size": options.size,
