@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import os
 
-os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")  # its Triton decoder cannot run on a processor; this is its own switch
 os.environ.setdefault("WANDB_MODE", "disabled")
 
 import torch
 from torch import Tensor
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")  # its Triton decoder cannot run on a processor; this is its own switch
 
 
 def dead_latents(n_latents: int) -> Tensor:
@@ -22,7 +24,7 @@ def dead_latents(n_latents: int) -> Tensor:
 class SAELens:
     """`SAETrainer` of SAELens on `TopKTrainingSAE` or `BatchTopKTrainingSAE`, defaults."""
 
-    def __init__(self, d: int, n_latents: int, k: int, batch: int, auxk: bool, architecture: str = "topk"):
+    def __init__(self, d: int, n_latents: int, k: int, batch: int, auxk: bool, architecture: str = "topk", device: str = "cpu"):
         from sae_lens.config import SAETrainerConfig
         from sae_lens.training.sae_trainer import SAETrainer
 
@@ -33,8 +35,8 @@ class SAELens:
             from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE as SAE
             from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAEConfig as Config
         torch.manual_seed(0)
-        sae = SAE(Config(d_in=d, d_sae=n_latents, k=k, dtype="float32", device="cpu"))
-        config = SAETrainerConfig(total_training_samples=batch * 100_000, train_batch_size_samples=batch, lr=3e-4, lr_end=3e-5, device="cpu")
+        sae = SAE(Config(d_in=d, d_sae=n_latents, k=k, dtype="float32", device=device))
+        config = SAETrainerConfig(total_training_samples=batch * 100_000, train_batch_size_samples=batch, lr=3e-4, lr_end=3e-5, device=device)
         self.trainer = SAETrainer(config, sae, iter([]))
         self.dead_N = dead_latents(n_latents) if auxk else None
 
@@ -48,12 +50,12 @@ class SAELens:
 class DictionaryLearning:
     """`TopKTrainer.update` or `BatchTopKTrainer.update` of dictionary_learning, defaults, past its warm-up of thresholds."""
 
-    def __init__(self, d: int, n_latents: int, k: int, batch: int, auxk: bool, architecture: str = "topk"):
+    def __init__(self, d: int, n_latents: int, k: int, batch: int, auxk: bool, architecture: str = "topk", device: str = "cpu"):
         if architecture == "topk":
             from dictionary_learning.trainers.top_k import TopKTrainer as Trainer
         else:
             from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer as Trainer
-        names = dict(layer=0, lm_name="none", device="cpu", seed=0)
+        names = dict(layer=0, lm_name="none", device=device, seed=0)
         self.trainer = Trainer(steps=100_000, activation_dim=d, dict_size=n_latents, k=k, auxk_alpha=1 / 32 if auxk else 0.0, **names)
         self.dead_N = dead_latents(n_latents) if auxk else None
         self.steps = 1001
@@ -68,17 +70,17 @@ class DictionaryLearning:
 class Sparsify:
     """The body of Sparsify's `Trainer.fit` for one hookpoint, line by line, with Adam (its `loss_fn` is fvu); TopK only."""
 
-    def __init__(self, d: int, n_latents: int, k: int, batch: int, auxk: bool, architecture: str = "topk"):
+    def __init__(self, d: int, n_latents: int, k: int, batch: int, auxk: bool, architecture: str = "topk", device: str = "cpu"):
         from sparsify.config import SparseCoderConfig
         from sparsify.sparse_coder import SparseCoder
         from transformers import get_linear_schedule_with_warmup
 
         torch.manual_seed(0)
-        self.sae = SparseCoder(d, SparseCoderConfig(num_latents=n_latents, k=k, activation="topk"), "cpu", dtype=torch.float32)
+        self.sae = SparseCoder(d, SparseCoderConfig(num_latents=n_latents, k=k, activation="topk"), device, dtype=torch.float32)
         self.optimizer = torch.optim.Adam([dict(params=self.sae.parameters(), lr=2e-4 / (n_latents / 2**14) ** 0.5)])
         self.schedule = get_linear_schedule_with_warmup(self.optimizer, 1000, 100_000)
         self.alpha = 1 / 32 if auxk else 0.0
-        self.since_F, self.fired_F = torch.zeros(n_latents, dtype=torch.long), torch.zeros(n_latents, dtype=torch.bool)
+        self.since_F, self.fired_F = torch.zeros(n_latents, dtype=torch.long, device=device), torch.zeros(n_latents, dtype=torch.bool, device=device)
         self.dead_N = dead_latents(n_latents) if auxk else None
 
     def step(self, x_BD: Tensor) -> None:
