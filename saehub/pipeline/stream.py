@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from saehub.api import Rows
 from saehub.errors import Interrupted
 from saehub.pipeline import keys
 from saehub.seeds import generator
@@ -73,6 +74,7 @@ class HubStream:
         )
         self.n_blocks = self.blocks.n_blocks
         self._calibration: dict[str, Tensor] | None = None
+        self._scaled: dict[tuple[str, str], Tensor] = {}
         self._store = self._open_store(plan)
         self._ahead = None
         if getattr(self.session, "concurrent", False) is True:  # the extractor may work while the trainers do
@@ -137,6 +139,13 @@ class HubStream:
             self._calibration = {site: self._calibration_site(site) for site in self.sites}
         return {site: rows[:n] for site, rows in self._calibration.items()}
 
+    def scaled_calibration(self, site: str, normalize: str) -> Tensor:
+        """All calibration rows of `site`, float32 and normalised; one copy for all jobs."""
+        if (site, normalize) not in self._scaled:
+            n = self.context.plan.recipe.extract.calibration
+            self._scaled[site, normalize] = self.calibration(n)[site].float() * self.scale(site, normalize)
+        return self._scaled[site, normalize]
+
     def _calibration_site(self, site: str) -> Tensor:
         from safetensors.torch import load_file, save_file
 
@@ -166,7 +175,12 @@ class HubStream:
         """Up to `n` rows of the first calibration batch (else of the first batch), spread over sequences and positions; the same for all."""
         import torch
 
-        rows = self.session.rows(0)
+        from saehub.checkpoint.probe import MIN_ROWS
+
+        rows, batch = self.session.rows(0), 1
+        while int(rows.keep_N.sum()) < MIN_ROWS and batch < self.session.n_batches:  # short batches: files, or few sequences at a time
+            rows = _joined(rows, self.session.rows(batch))
+            batch += 1
         kept = torch.nonzero(rows.keep_N).flatten()
         chosen = kept[torch.randperm(kept.numel(), generator=generator("probe"))[:n]].sort().values
         contexts = None
@@ -174,10 +188,23 @@ class HubStream:
             first = int(rows.sequences_N[0])
             width = rows.token_ids_N.shape[0] // (int(rows.sequences_N[-1]) - first + 1)
             contexts = rows.token_ids_N.reshape(-1, width)[(rows.sequences_N[chosen] - first)]
-        acts = {site: acts[chosen].float() for site, acts in rows.acts.items()}
-        if contexts is None or rows.positions_N is None:  # activations without text: a probe names tokens, positions and contexts, or none of them
+        acts = {site: x_ND[chosen].float() for site, x_ND in rows.acts.items()}
+        if contexts is None or rows.positions_N is None:  # activations from files: a probe has all of this, or none
             return ProbeRows(acts, None, None, None)
         return ProbeRows(acts, rows.token_ids_N[chosen], rows.positions_N[chosen], contexts)
+
+
+def _joined(first: Rows, second: Rows) -> Rows:
+    """The rows of two batches as one."""
+    import torch
+
+    columns = ("token_ids_N", "positions_N", "sequences_N")
+    pairs = {name: (getattr(first, name), getattr(second, name)) for name in columns}
+    return Rows(
+        {site: torch.cat([x, second.acts[site]]) for site, x in first.acts.items()},
+        torch.cat([first.keep_N, second.keep_N]),
+        **{name: None if left is None or right is None else torch.cat([left, right]) for name, (left, right) in pairs.items()},
+    )
 
 
 def _batches_for(session: Any, rows: int) -> int:
