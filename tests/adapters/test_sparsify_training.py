@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
 import subprocess
 import sys
@@ -15,10 +16,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from saehub.api import CalibrationRows, Job
+from saehub.checkpoint.load import load
 from saehub.pipeline.components import Components
+from saehub.pipeline.plan import make_plan
+from saehub.pipeline.run import run as run_plan
 from saehub.plugins import catalog
-from saehub.recipe.check import make_config
+from saehub.recipe.check import check, make_config
 from saehub.testing.stage import Stage
+from saehub.testing.toys import tiny_text
 
 SCRIPT = Path(__file__).with_name("sparsify_trains.py")
 theirs = SimpleNamespace(**runpy.run_path(str(SCRIPT)))
@@ -163,3 +168,46 @@ def test_a_session_leaves_its_surroundings_alone(made):
     """Random states, gradient mode, precision and environment (`world_unchanged` in the script), inputs; no wandb, no files."""
     facts = json.loads((made / "facts.json").read_text())["isolation"]
     assert facts == {"precision": "highest", "inputs": True, "wandb": False, "written": []}
+
+
+RECIPE = """
+saehub: 1
+name: killed
+model: {{name: {model}, device: cpu}}
+data: {{train: {{source: {text}, tokens: 4_000, context: 32}}}}
+extract: {{sites: [resid_post.0, mlp_in.1, mlp_out.1], store: none, block: 1_000, lm_batch: 8, calibration: 200}}
+train:
+  - {{id: signum, uses: sparsify/topk, site: resid_post.0, with: {{k: 4, width: 64, batch: 100}}}}
+  - {{id: adam, uses: sparsify/topk, site: mlp_out.1, seed: 5, with: {{k: 4, width: 64, batch: 90, optimizer: adam, k_decay_steps: 20}}}}
+  - {{id: muon, uses: sparsify/multi_topk, site: resid_post.0, with: {{k: 4, width: 64, batch: 100, optimizer: muon}}}}
+  - {{id: skip, uses: sparsify/skip_transcoder, site: mlp_in.1, target_site: mlp_out.1, with: {{k: 4, width: 64, batch: 100}}}}
+"""
+
+
+def test_kill_nine_and_resume_is_bit_identical(tmp_path, stage, components, monkeypatch):
+    """The hub dies with its worker while a state is written; the same command ends as the uninterrupted run, for every optimizer."""
+    (tmp_path / "text.txt").write_text("\n\n".join(tiny_text(160)))
+    path = tmp_path / "killed.yaml"
+    path.write_text(RECIPE.format(model=stage.spec.name, text=tmp_path / "text.txt"))
+    # The runs of this process share the worker that is there: importing the library takes longer than they do.
+    lent = SimpleNamespace(make=components.make, close=lambda: None)
+    monkeypatch.setattr("saehub.pipeline.context.Components", lambda log_dir=None: lent)
+    recipe, problems = check(path, (), catalog())
+    assert not [problem for problem in problems if problem.severity == "error"], problems
+    planned = make_plan(recipe, catalog(), base=tmp_path / "straight")
+    assert any("muon: sparsify's multi-topk loss gives the encoder no gradient" in text for text in planned.warnings)
+    straight = run_plan(planned)
+
+    driver = Path(__file__).parents[1] / "pipeline" / "kill_driver.py"
+    environment = {**os.environ, "SAEHUB_HOME": str(tmp_path / "killed"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, str(driver), str(path), "between state and rename", "7", str(tmp_path / "states")]
+    killed = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=600, cwd=tmp_path, check=False)
+    assert killed.returncode == -9, killed.stderr[-3000:]
+    said = []
+    resumed = run_plan(make_plan(recipe, catalog(), base=tmp_path / "killed"), [said.append])
+    assert sum("going on from step" in str(event.data.get("text")) for event in said if event.kind == "log") == 4
+    assert json.loads((resumed.run_dir / "run_card.json").read_text())["resume"] == "exact"
+    for job in ("signum", "adam", "muon", "skip"):
+        one, other = (load_file(result.checkpoints[job] / "sae.safetensors") for result in (straight, resumed))
+        assert all(torch.equal(one[name], other[name]) for name in one), job
+    assert load(resumed.checkpoints["muon"]).provenance["cautions"][1].startswith("sparsify's multi-topk loss")
