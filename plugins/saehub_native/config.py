@@ -139,6 +139,8 @@ class TrainConfig:
 class SparseConfig(TrainConfig):
     """What the architectures that select about k latents a row take."""
 
+    EXAMPLE: ClassVar[dict] = {"k": 4, "width": 96, "batch": 256}
+
     k: int
     """Latents a row: L0 is at most k (of the batchtopk family: k on average)."""
     k_anneal: float = 0.0

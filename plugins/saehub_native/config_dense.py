@@ -18,6 +18,7 @@ class DenseConfig(TrainConfig):
     """What the architectures take whose L0 is the outcome of a penalty."""
 
     START: ClassVar[float] = 0.01
+    EXAMPLE: ClassVar[dict] = {"target_l0": 4.0, "width": 96, "batch": 256}
 
     target_l0: float | None = None
     """The mean L0 that training steers to. None: whatever `sparsity` leads to."""

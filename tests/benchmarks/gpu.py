@@ -76,7 +76,7 @@ def checks(device: str) -> Iterator[tuple[str, float, float]]:
         yield f"refine, {word}: exact values", relative(values_BC[here_BC], exact_BF.gather(1, indices_BC)[here_BC]), 1e-6
     for rule in ("top", "abs"):
         values_BK, indices_BK = gpu.encode_select(x_BD, W_FD, b_F, k, rule)
-        missed = missed_rows(x_BD, W_FD, b_F, values_BK, indices_BK, k, by_size=rule == "abs")
+        missed = missed_rows(x_BD, W_FD, b_F, values_BK, indices_BK, k, rule)
         yield f"select, {rule}: rows where not {EVERY}", float(missed.sum()), 0.0
     tied_FD = W_FD.clone()
     tied_FD[1::2] = tied_FD[::2]  # every latent twice: no candidate stands clear of the bar, all rows must be taken from float32

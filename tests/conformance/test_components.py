@@ -228,6 +228,16 @@ def test_arguments_name_components_that_exist():
     assert set(ARGUMENTS) <= set(OURS)
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize("address", [address for address in OURS if address.startswith("native/") and KIND[address] == "trainer"])
+def test_plugins_check_has_settings_to_try_a_trainer_with(address):
+    """`saehub plugins check native` needs no `--set` for them."""
+    from saehub.recipe.check import make_config
+
+    registered = catalog().find("trainer", address)
+    assert make_config(registered, dict(registered.load_config().EXAMPLE)).width == 96
+
+
 @pytest.mark.parametrize("address", OURS)
 def test_component(address, stage, workers, tmp_path):
     kind = KIND[address]

@@ -145,7 +145,7 @@ class GpuKernels(ReferenceKernels):
     def _audit(self, x_BD: Tensor, W_FD: Tensor, b_F: Tensor, values_BK: Tensor, indices_BK: Tensor, k: int, by_size: bool) -> None:
         """Compare some rows, drawn from the number of the selection, with float64; raise r after a miss."""
         rows_A = torch.randperm(x_BD.shape[0], generator=generator("audit", self.selections))[:AUDIT_ROWS].to(x_BD.device)
-        missed = missed_rows(x_BD[rows_A], W_FD, b_F, values_BK[rows_A], indices_BK[rows_A], k, by_size=by_size)
+        missed = missed_rows(x_BD[rows_A], W_FD, b_F, values_BK[rows_A], indices_BK[rows_A], k, "abs" if by_size else "top")
         self.audited += len(rows_A)
         if bool(missed.any()) and bool(x_BD.isfinite().all()):
             self.missed += int(missed.sum())
