@@ -56,7 +56,7 @@ def saehub_evaluators() -> Iterable[Component]:
 
         @hookimpl
         def saehub_evaluators():
-            return [Component(name="l0", target="my_plugin.evaluate:L0", needs=("tokens",), summary="mean latents a row")]
+            return [Component(name="l0", target="my_plugin.evaluate:L0", needs=("model", "tokens"), summary="mean latents a row")]
     """
 
 

@@ -28,7 +28,9 @@ class HFExtractor:
         """Check sites, widths and the context against the model, and start reading. UsageError names what the model lacks."""
         if model is None or tokens is None:
             raise UsageError(
-                "native/hf needs a model and text", where="extract.uses", fix="set model.name and data.train, or use native/files"
+                "native/hf needs a model and text",
+                where="extract.uses",
+                fix='set model.name and data.train, or use native/files; an evaluator that reads rows is registered with needs=("model", "tokens")',
             )
         if tokens.context > model.shape.context:
             raise UsageError(

@@ -54,6 +54,12 @@ def architecture(name: str, provider: str | None = None) -> type[SAE]:
         else:
             fix = f"install the plugin that provides it; known here: {', '.join(names())}"
         raise FormatError(f"no installed package provides the architecture {name!r}{did_you_mean(name, names())}", fix=fix)
+    if provider not in (None, "unknown", "saehub", registered.distribution):
+        raise FormatError(
+            f"the architecture {name!r} of this checkpoint is that of {provider}; the one installed here is that of {registered.distribution}",
+            why="two packages use one name for what may be two equations",
+            fix=f"pip install {provider}, and leave {registered.distribution} out: SAEHUB_DISABLE_PLUGINS={registered.plugin}",
+        )
     from saehub.checkpoint.sae import SAE
 
     found = registered.load()

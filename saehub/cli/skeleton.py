@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import json
+import keyword
 import re
+import sys
 from collections.abc import Collection, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -63,14 +65,29 @@ def write_plugin(directory: Path, name: str, kinds: Collection[str] = KINDS) -> 
         text = _adapt(file.read_text(encoding="utf-8"), file, kinds, recipes)
         text = _rename(text, name, module, short)
         target = directory / file.relative_to(template_dir()).as_posix().replace("saehub_example", module)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(text, encoding="utf-8")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise UsageError(f"{target} cannot be written", why=str(error), fix="name a folder that you may write to") from error
         written.append(target)
     return written
 
 
 def _refuse_taken(name: str, short: str) -> None:
+    """UsageError for a name that would replace something: installing a distribution called torch uninstalls the real one."""
     from saehub.plugins import catalog
+
+    module = name.replace("-", "_")
+    normal = re.sub("[-_.]+", "-", name)
+    installed = {re.sub("[-_.]+", "-", dist.name.lower()) for dist in metadata.distributions() if dist.name}
+    if keyword.iskeyword(module) or module in sys.stdlib_module_names or module in metadata.packages_distributions() or normal in installed:
+        raise UsageError(
+            f"{name!r} cannot name a plugin",
+            where="--name",
+            why=f"Python, or something that is installed here, is already called {module!r}",
+            fix=f"another name, such as saehub-my-{short}",
+        )
 
     for row in catalog().rows():
         if row.plugin == short:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,8 @@ def _check(item: Registered, settings: Mapping[str, Any] | None, folders: Mappin
     try:
         catalog().require(item)
         config = item.load_config()
+        if config is not None and not is_dataclass(config):
+            return untried(f"its config {item.component.config} is not a dataclass")
         with_ = dict(getattr(config, "EXAMPLE", {})) | dict(settings or {})
         needed = [f.name for f in fields(config) if f.default is MISSING and f.default_factory is MISSING and f.name not in with_] if config else []
         if needed:

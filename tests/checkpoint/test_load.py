@@ -109,6 +109,17 @@ def test_without_the_plugin_the_error_names_its_package(toy, house, tmp_path, mo
         architecture("topkk")
 
 
+def test_another_package_s_architecture_of_the_same_name_is_not_taken_for_it(toy, house, tmp_path):
+    base = toy("relu")
+    folder = v1.save(SAE.build(base.config.replace(architecture="softcap", params={"c": 0.7}), base.tensors()), tmp_path / "sae")
+    header = json.loads((folder / "saehub.json").read_text())
+    header["architecture_provider"] = "somebody-else"
+    header["hash"] = v1.header_hash(header)
+    (folder / "saehub.json").write_text(json.dumps(header))
+    with pytest.raises(FormatError, match="is that of somebody-else; the one installed here is that of saehub-house"):
+        load(folder)
+
+
 def test_a_plugin_that_registers_something_else(house):
     house.architectures = lambda: {"wrong": registration("wrong", dict, "architecture")}
     with pytest.raises(FormatError, match="not a subclass of saehub.SAE"):

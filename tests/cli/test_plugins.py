@@ -117,6 +117,10 @@ def test_new_registers_the_kinds_that_were_asked_for(saehub, tmp_path, monkeypat
     [
         (["--name", "Bad Name"], "'Bad Name' cannot name a plugin"),
         (["--name", "saehub-native"], "an installed plugin is already called 'native'"),
+        (["--name", "torch"], "'torch' cannot name a plugin"),
+        (["--name", "class"], "'class' cannot name a plugin"),
+        (["--name", "saehub"], "'saehub' cannot name a plugin"),
+        (["--name", "json"], "'json' cannot name a plugin"),
         (["--name", "fine", "--kinds", "trainr"], "did you mean 'trainer'?"),
         (["--name", "fine", "--kinds", ","], "no kind of component"),
     ],
