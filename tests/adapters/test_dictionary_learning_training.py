@@ -205,7 +205,11 @@ def test_the_export_is_what_the_library_would_have_saved(done, name):
     config = json.loads((exported / "config.json").read_text())["trainer"]
     assert config["trainer_class"] == settings_of(name).trainer.partition(":")[2] and config["steps" if "steps" in config else "dict_size"] in (STEPS, 64)
     card = json.loads((done.result.run_dir / "run_card.json").read_text())
-    assert card["exports"][f"dictionary_learning/{name}"]["outcome"] == "verified by the target's library"
+    certificate = json.loads((exported / "conversion.json").read_text())
+    assert certificate["support"]["unexplained"] == 0 and certificate["reconstruction"]["frobenius"] <= 1e-6
+    # Forty steps under a heavy penalty leave some dictionaries silent on part of the rows; a certificate must not call that conclusive.
+    expected = "verified by the target's library" if certificate["active_share"] >= 0.9 else "inconclusive"
+    assert card["exports"][f"dictionary_learning/{name}"]["outcome"] == expected
 
 
 @pytest.mark.parametrize("name", EVALUATED)

@@ -229,6 +229,7 @@ def test_a_reader_that_goes_away_is_no_error():
 def test_ctrl_c_is_130():
     code = (
         "import signal, os, threading, time\nfrom saehub.cli import main, doctor\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs inherit an ignored one
         "doctor._guarded = lambda look: (os.kill(os.getpid(), signal.SIGINT), time.sleep(20))\nmain.main(['doctor'])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

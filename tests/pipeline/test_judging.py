@@ -64,7 +64,7 @@ def test_judges_come_last_and_depend_on_what_they_read(folder, tmp_path):
     assert any("native/core" in warning and "add" in warning for warning in alone.warnings)
 
 
-def test_a_run_ends_with_verdicts_in_results_card_and_table(folder, tmp_path, capsys):
+def test_a_run_ends_with_verdicts_in_results_card_and_table(folder, tmp_path, capsys, monkeypatch):
     from saehub.cli import render
 
     result = run(planned(folder, tmp_path))
@@ -75,6 +75,7 @@ def test_a_run_ends_with_verdicts_in_results_card_and_table(folder, tmp_path, ca
     assert card["verdicts"]["a"]["word"] == said["a"].word and card["verdicts"]["a"]["evidence"]
     shifts = {row.metric for row in result.measurements if row.evaluator == "native/verdict" and row.metric.startswith("out_minus_in@")}
     assert "out_minus_in@fvu" in shifts and "out_minus_in@l0_share" not in shifts  # native/health tells its own
+    monkeypatch.setenv("COLUMNS", "400")  # no cell wraps
     render.results(result.measurements)
     shown = capsys.readouterr().out
     assert shown.index("verdicts (in-sample)") < shown.index("healthiest of this run") and said["a"].reasons[0][:30] in shown.replace("\n", " ")
