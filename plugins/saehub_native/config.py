@@ -86,13 +86,14 @@ class TrainConfig:
     def memory(self, job: Job) -> int:
         """Bytes at the peak: parameters, Adam's two moments and scratch, gradients; pre-activations of a chunk; rows of a batch.
 
-        The libraries' optimizers make temporary copies of everything that they update.
+        The libraries' optimizers make temporary copies of everything that they update. 64 MiB are for the buffers of the product library and
+        the allocator's slack, which differ between processors by tens of MiB.
         """
         latents = self.d_sae(job)
         parameters = latents * (job.d_in + job.d_out + 1) + job.d_out + (job.d_in * job.d_out if self.skip else 0)
         rows = 6 * self.batch * (job.d_in + job.d_out)
         copies = 5 if self.optimizer == "adam" else 9
-        return 4 * (copies * parameters + rows) + (8 << 20) + 256 * latents
+        return 4 * (copies * parameters + rows) + (72 << 20) + 256 * latents
 
     def check(self, job: Job) -> Iterator[str]:
         """Problems with these settings for this job, each with its fix."""
