@@ -44,8 +44,10 @@ class TrainConfig:
     """Largest L2 norm of the whole gradient (of a loss in units of FVU); None: no clipping."""
     calibration: int = 8192
     """Calibration rows, never training rows, for b_dec, the first directions, the variance and thresholds: so many, or all there are."""
-    init_blend: float = 0.5
-    """Share of a calibration row in a latent's first direction; the rest is random. 0: random only."""
+    init_blend: float | None = None
+    """Share of a calibration row in a latent's first direction; the rest is random. 0: random only. None: 0.5, or 0 with `freeze_decoder`."""
+    freeze_decoder: bool = False
+    """A control: the decoder keeps its first, random directions, and everything else learns (Korznikov et al. 2026, arXiv 2602.14111)."""
     skip: bool = False
     """Of a transcoder: add a linear path x W_skipᵀ beside the latents."""
     dead_after: int | None = None
@@ -59,6 +61,16 @@ class TrainConfig:
     def last_decay(self) -> float:
         """`decay`, where the optimizer has one."""
         return 0.0 if self.optimizer == "schedule_free" else self.decay
+
+    @property
+    def blend(self) -> float:
+        """`init_blend`, or its rule."""
+        return (0.0 if self.freeze_decoder else 0.5) if self.init_blend is None else self.init_blend
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """Parameters that keep their first values."""
+        return ("W_dec",) if self.freeze_decoder else ()
 
     def resampling_steps(self, job: Job) -> list[int]:
         """Steps after which dead latents are drawn anew."""
@@ -120,8 +132,10 @@ class TrainConfig:
             yield f"clip is {self.clip:g}; it must be above 0, or null for no clipping"
         if self.calibration < 1:
             yield f"calibration is {self.calibration}; at least one row is needed"
-        if not 0 <= self.init_blend <= 1:
-            yield f"init_blend is {self.init_blend:g}; it is a share, from 0 to 1"
+        if not 0 <= self.blend <= 1:
+            yield f"init_blend is {self.blend:g}; it is a share, from 0 to 1"
+        if self.freeze_decoder and self.resample:
+            yield f"resample is {self.resample}, and would replace rows of a decoder that freeze_decoder keeps; leave one of the two out"
         if self.dead_after is not None and self.dead_after < 1:
             yield f"dead_after is {self.dead_after} rows; it must be at least 1"
         if self.revive < 0:

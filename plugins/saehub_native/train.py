@@ -56,7 +56,7 @@ class NativeSession:
         if job.init_from is not None:
             params = {name: p.to(job.device) for name, p in self._warm_start(job.init_from).items()}
         self.params = params
-        self.optimizer = make(config, params)
+        self.optimizer = make(config, {name: p for name, p in params.items() if name not in config.frozen})
         self.kernels.lazy = self._takes_row_sums()
         self.steps_done = 0
         self.since_fired_F = torch.zeros(config.d_sae(job), dtype=torch.int64, device=job.device)
@@ -110,6 +110,8 @@ class NativeSession:
         if x_BD.device.type == "cpu" or self.steps_done % CHECK_EVERY == 0:
             self._check_finite()
         self.architecture.before_update(self.params, result.grads)
+        for name in self.config.frozen:  # after what is projected in place, before the norm of what remains
+            result.grads.pop(name)
         if self.config.clip is not None:
             clip(self.params, result.grads, self.config.clip)
         self.optimizer.step(result.grads, lr)
@@ -214,5 +216,5 @@ class NativeSession:
         from saehub.checkpoint.sae import SAE, SAEConfig
 
         self._refuse_broken()
-        fields, tensors = self.architecture.export(self.optimizer.result(), self._calibration_rows()[0])
+        fields, tensors = self.architecture.export(self.params | self.optimizer.result(), self._calibration_rows()[0])
         return SAE.build(SAEConfig(**fields), {name: t.cpu() for name, t in tensors.items()})

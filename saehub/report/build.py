@@ -66,19 +66,18 @@ def page(run: RunFolder) -> dict[str, Any]:
         "overview": overview(groups),
         "tables": [result_table(group) for group in groups],
         "judgements": judgements(run),
+        "styles": VERDICT_STYLE,
         "curves": shown(pictures.curves(run)),
         "legend": pictures.legend(run),
-        "galleries": [
-            (title, words, shown(found))
-            for title, words, found in (
-                ("Sparsity against fidelity", "SAEs of one trainer and width form a curve; only at the same L0 can two of them be compared.", pictures.pareto(run)),
-                ("Layer by layer", "Values in sample; each point is one SAE.", pictures.layers(run)),
-                ("Feature density", "How often latents fire: counts of latents by the share of tokens on which they are not zero.", pictures.densities(run)),
-                ("Deadness", "A latent that has not fired yet is dead only if the tokens read suffice to say so.", pictures.silence(run)),
-                ("Redundancy", "", pictures.redundancy(run)),
-            )
-            if found
-        ],
+        "comparisons": galleries(
+            ("Layer by layer", "Values in sample; each point is one SAE.", pictures.layers(run)),
+            ("Sparsity against fidelity", "SAEs of one trainer and width form a curve; only at the same L0 can two of them be compared.", pictures.pareto(run)),
+        ),
+        "galleries": galleries(
+            ("Feature density", "How often latents fire: counts of latents by the share of tokens on which they are not zero.", pictures.densities(run)),
+            ("Deadness", "A latent that has not fired yet is dead only if the tokens read suffice to say so.", pictures.silence(run)),
+            ("Redundancy", "", pictures.redundancy(run)),
+        ),
         "stability": (*pictures.stability_rows(run.measurements), shown(pictures.stability(run))),
         "sections": card.by_section(card.facts(run)),
         "not_measured": card.not_measured(run),
@@ -167,6 +166,11 @@ def shown(found: list[pictures.Picture]) -> list[pictures.Picture]:
     from markupsafe import Markup
 
     return [replace(one, svg=Markup(one.svg)) for one in found]
+
+
+def galleries(*found: tuple[str, str, list[pictures.Picture]]) -> list[tuple[str, str, list[pictures.Picture]]]:
+    """(title, words, pictures with their markup) of those that have any picture."""
+    return [(title, words, shown(some)) for title, words, some in found if some]
 
 
 def _saved(run: RunFolder, name: str) -> str:

@@ -113,7 +113,7 @@ def silence(run: RunFolder) -> list[Picture]:
     found = []
     for name, series in by_dataset.items():
         title = f"latents that have not fired yet ({table.dataset_label(name)})"
-        picture = svg.lines(series, title=title, x_label="tokens read", y_text=numbers.percent, zero=True, log=False)
+        picture = svg.lines(series, title=title, x_label="tokens read (logarithmic)", y_text=numbers.percent, zero=True, log=False, log_x=True)
         if picture:
             found.append(Picture(title, picture, "", _names(series)))
     return found

@@ -77,11 +77,13 @@ def lines(
     y_text: Callable[[float], str] = lambda y: f"{y:.3g}",
     zero: bool = False,
     log: bool | None = None,
+    log_x: bool = False,
 ) -> str:
     """A line chart. `zero` begins the y axis at 0; `log` None: logarithmic where the values span more than a factor of 30."""
     kept = []
     for one in series:
-        points = [(x, y) for x, y in zip(one.x, one.y, strict=True) if y is not None and math.isfinite(y)]
+        points = [(x, y) for x, y in zip(one.x, one.y, strict=True) if y is not None and math.isfinite(y) and not (log_x and x <= 0)]
+        points = [(math.log10(x), y) for x, y in points] if log_x else points
         if points:
             kept.append(thin(Series(one.name, *zip(*points, strict=True), one.colour)))
     if not kept:
@@ -102,7 +104,8 @@ def lines(
             for factor in (1, 2, 5)
             if low <= factor * 10.0**p <= high
         ]
-    parts = [_axes(frame, ticks(frame.low_x, frame.high_x), marks, numbers.short, y_text, x_label)]
+    x_marks = range(math.ceil(frame.low_x - 1e-9), math.floor(frame.high_x + 1e-9) + 1) if log_x else ticks(frame.low_x, frame.high_x)
+    parts = [_axes(frame, x_marks, marks, (lambda x: numbers.short(10**x)) if log_x else numbers.short, y_text, x_label)]
     for one in kept:
         path = " ".join(f"{frame.x(x)},{frame.y(y)}" for x, y in zip(one.x, one.y, strict=True))
         shape = (

@@ -91,7 +91,7 @@ def layer_table(measurements: Iterable[Measurement | Mapping[str, Any]]) -> list
         site = next((row.site for row in own if row.site), None) or "-"
         lines.append((
             sae, site, numbers.count(latents), numbers.percent(value("ce_recovered_zero")), numbers.value(value("fvu")), numbers.value(value("l0")),
-            numbers.percent(dead) if dead is not None else f"≤ {numbers.percent(silent)}" if silent is not None else "-",
+            numbers.percent(dead) if dead is not None else numbers.percent(silent) if silent in (0, None) else f"≤ {numbers.percent(silent)}",
             f"{redundancy:.3f} ({null:.3f})" if redundancy is not None and null is not None else numbers.value(redundancy),
             verdict.word if verdict else "-", (verdict.standing if verdict else "") or "-",
         ))  # fmt: skip

@@ -241,6 +241,7 @@ def test_schedule_rises_holds_and_falls():
         (dict(k=6, auxk_alpha=-1.0), {}, "auxk_alpha"),
         (dict(k=6, revive=-0.1), {}, "revive is -0.1"),
         (dict(k=6, init_blend=1.5), {}, "init_blend"),
+        (dict(k=6, freeze_decoder=True, resample=2), {}, "leave one of the two out"),
         (dict(k=6, batch=4096), dict(rows=1000, steps=0, batch=4096), "batch is 4096, the run has 1000 rows"),
         (dict(k=6, batch=0), {}, "batch is 0"),
         (dict(k=6, lr=-1.0), {}, "lr is -1"),

@@ -31,6 +31,9 @@ CASES = {
     "jumprelu tanh resample": (JumpReLUConfig, {"target_l0": 4.0, "resample": 2, "preact": 1e-3}),
     "jumprelu l0 schedule_free": (JumpReLUConfig, {"target_l0": 4.0, "penalty": "l0", "optimizer": "schedule_free"}),
     "gated resample": (GatedConfig, {"target_l0": 4.0, "resample": 2}),
+    "topk frozen": (TopKConfig, {"k": 4, "freeze_decoder": True}),
+    "relu frozen muon": (ReLUConfig, {"sparsity": 0.05, "freeze_decoder": True, "optimizer": "muon"}),
+    "batchtopk frozen schedule_free": (BatchTopKConfig, {"k": 4, "freeze_decoder": True, "optimizer": "schedule_free"}),
 }
 
 
@@ -130,6 +133,41 @@ def test_schedule_free_gives_the_average_and_never_decays():
     assert session.metrics()["lr"] == session.config.peak_lr(session.job)
     averaged = session.optimizer.result()["W_dec"]
     assert torch.equal(session.finish().tensors()["W_dec"], averaged) and not torch.equal(averaged, session.params["W_dec"])
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "frozen" in name])
+def test_a_frozen_decoder_is_random_keeps_its_bits_and_the_rest_learns(name):
+    session, x = open_session(name), rows(20 * BATCH)
+    first = {key: p.clone() for key, p in session.params.items()}
+    assert torch.allclose(first["W_dec"].norm(dim=1), torch.ones(F), atol=1e-5)
+    other = NativeTrainer(session.config).open(session.job, lambda n: (rows(256, seed=77)[:n], None))
+    assert torch.equal(other.params["W_dec"], first["W_dec"])  # no row of the data is in it
+    feed(session, x, None, 0, 20)
+    assert torch.equal(session.finish().tensors()["W_dec"], first["W_dec"])
+    assert not any(torch.equal(session.params[key], p) for key, p in first.items() if key != "W_dec")
+    assert not any("W_dec" in key for key in session.optimizer.state())
+
+
+def test_beside_a_frozen_decoder_the_rest_takes_the_steps_of_torch_adam(monkeypatch):
+    """Gradients of the architecture (float64 autograd is their reference elsewhere), clipped and used by torch without the decoder's."""
+    monkeypatch.setenv("SAEHUB_KERNELS", "reference")
+    config = TopKConfig(k=4, width=F, batch=BATCH, calibration=256, freeze_decoder=True, clip=0.1, lr=0.01, warmup=0.0, decay=0.0)
+    job = Job("job", "resid_post.1", None, D, D, 12, BATCH, 12 * BATCH, seed=0)
+    session, x = NativeTrainer(config).open(job, lambda n: (rows(256, seed=9)[:n], None)), rows(12 * BATCH)
+    theirs = {name: p.clone() for name, p in session.params.items()}
+    taught = [theirs[name] for name in ("W_enc", "b_enc", "b_dec")]
+    adam, clipped = torch.optim.Adam(taught, lr=0.01), []
+    for step in range(12):
+        x_BD = x[step * BATCH : (step + 1) * BATCH]
+        grads = session.architecture.gradients(theirs, x_BD, x_BD, torch.zeros(F, dtype=torch.bool), step).grads
+        for name in ("W_enc", "b_enc", "b_dec"):
+            theirs[name].grad = grads[name].clone()
+        clipped.append(float(torch.nn.utils.clip_grad_norm_(taught, 0.1)) > 0.1)
+        adam.step()
+        session.step(x_BD)
+    assert any(clipped) and not all(clipped)  # the factor differs between steps, so Adam feels it
+    for name, p in theirs.items():
+        assert float((session.params[name] - p).norm() / p.norm()) <= 1e-3, name
 
 
 def test_dead_latents_are_drawn_anew_from_rows_that_are_reconstructed_badly():

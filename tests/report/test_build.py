@@ -80,13 +80,13 @@ def test_curves_and_histograms(page):
     drawn = [element for element in parse(page).iter("{http://www.w3.org/2000/svg}svg")]
     labels = [picture.get("aria-label") for picture in drawn]
     assert labels == [
-        *(f"{title} during training" for _, title, _ in pictures.CURVES),
         "FVU against L0 at resid_post.2",
         "CE recovered (zero-ablation) against L0 at resid_post.2",
+        *(f"{title} during training" for _, title, _ in pictures.CURVES),
         "firing rates of native-k32",
         "firing rates of native-k64",
     ]
-    lines = list(drawn[1].iter("{http://www.w3.org/2000/svg}polyline"))
+    lines = list(drawn[3].iter("{http://www.w3.org/2000/svg}polyline"))
     assert len(lines) == 2
     assert "17 of 1,280 never fired (in-sample)" in page
 
@@ -108,6 +108,16 @@ def test_how_to_load_it(fake_run, page, tmp_path):
     (table,) = [table for table in parse(page).iter("table") if table.get("class") == "plain"]
     rows = [[cell.text for cell in row] for row in table.iter("tr")]
     assert rows[1] == ["saelens", "native-k32", "exports/saelens/native-k32", "verified by the target's library"]
+    (others,) = [table for table in parse(page).iter("table") if table.get("class") == "others"]
+    assert [row[1].text for row in others.iter("tr")][1:] == ["checkpoints/native-k64"]  # the code stands there once
+
+
+def test_what_one_reads_first_stands_first_and_full_tables_are_folded_where_there_are_several(page):
+    order = ["At a glance", "Sparsity against fidelity", "Training", "Feature density", "All results", "Use it", "How it was made"]
+    headings = [heading.text for heading in parse(page).iter("h2")]
+    assert [name for name in headings if name in order] == order
+    folded = [details for details in parse(page).iter("details") if details.find(".//table[@class='results']") is not None]
+    assert [details.find("summary").text.split(" ")[0] for details in folded] == ["native-k32", "native-k64"] and not any(details.get("open") for details in folded)
 
 
 def test_an_export_without_a_certificate_is_not_called_verified(fake_run, tmp_path):

@@ -42,6 +42,12 @@ def test_values_over_three_decades_are_drawn_logarithmic():
     assert (y0 - y2) / (y0 - y1) == pytest.approx(3.0, abs=0.02)
 
 
+def test_tokens_read_are_drawn_by_their_logarithm():
+    drawn = points(svg.lines([svg.Series("a", [0, 10, 100, 10_000], [1.0, 0.8, 0.4, 0.0], 0)], title="t", x_label="x", log=False, log_x=True))
+    (x0, _), (x1, _), (x2, _) = drawn  # nothing is at 0 tokens
+    assert (x2 - x0) / (x1 - x0) == pytest.approx(3.0, abs=0.02)
+
+
 @pytest.mark.parametrize("values", [[1.0], [2.0, 2.0, 2.0], [0.0, 0.0], [float("nan"), 1.0, float("inf"), 2.0], [-3.0, -1.0]])
 def test_odd_series_are_drawn_without_odd_numbers(values):
     picture = svg.lines([svg.Series("a", list(range(len(values))), values, 0)], title="t", x_label="x", zero=True)

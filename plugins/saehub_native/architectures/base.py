@@ -43,7 +43,7 @@ class Base:
 
         Its scale is the least-squares one: x̂ at the start is the best multiple of what the selected directions give.
         """
-        n_latents, blend = self.config.d_sae(self.job), self.config.init_blend
+        n_latents, blend = self.config.d_sae(self.job), self.config.blend
         b_dec, x_mean = y_ND.mean(0), x_ND.mean(0)
         self.constants["variance"] = max(float((y_ND - b_dec).square().sum(1).mean()), TINY)
 
@@ -103,7 +103,7 @@ class Base:
             g_FD.addcmul_((g_FD * W_dec_FD).sum(1, keepdim=True), W_dec_FD, value=-1)
 
     def after_update(self, params: Mapping[str, Tensor]) -> None:
-        if self.unit_decoder:
+        if self.unit_decoder and not self.config.freeze_decoder:
             W_dec_FD = params["W_dec"]
             W_dec_FD.div_(W_dec_FD.norm(dim=1, keepdim=True).clamp_min_(TINY))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from saehub_native.evaluate.definitions import Definition
@@ -20,8 +20,10 @@ class CoreConfig:
     """Measure cross-entropy and KL with the reconstruction spliced into the model: the costly part."""
     loss_sequences: int | None = None
     """Use only the first so many sequences of each dataset for cross-entropy and KL; None uses all. All other metrics use every row."""
-    baselines: bool = True
-    """Put PCA with the same k, and a random dictionary with the same k and width, beside each autoencoder."""
+    baselines: bool | tuple[Literal["pca", "random", "identity"], ...] = True
+    """What is put beside each autoencoder. True: `[pca, random]`, PCA with the same k, and a random dictionary with the same k and width.
+    `identity` is the activations themselves, spliced back: everything recovered, or the splice is at fault. (A frozen decoder is trained: see
+    `freeze_decoder` of the native trainers.)"""
     pca_k: int | None = None
     """k of the baselines; None takes the architecture's own k, or else the mean L0 on the first dataset, rounded."""
     histogram_bins: int = 40
@@ -40,6 +42,11 @@ class CoreConfig:
             raise ValueError(f"histogram_bins is {self.histogram_bins}; give a whole number from 1")
         if self.memory < 2**20:
             raise ValueError(f"memory is {self.memory} bytes; at least 1048576 (1 MiB) is needed")
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """The names of `baselines`."""
+        return (("pca", "random") if self.baselines else ()) if isinstance(self.baselines, bool) else tuple(dict.fromkeys(self.baselines))
 
     @staticmethod
     def definitions() -> Mapping[str, Definition]:

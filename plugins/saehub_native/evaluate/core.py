@@ -77,7 +77,7 @@ class BaselineRun:
     """One baseline on one dataset."""
 
     name: str
-    """`pca` or `random`."""
+    """`pca`, `random` or `identity`."""
     site: str
     k: int
     latents: int = 0
@@ -102,7 +102,7 @@ class _Evaluation:
         """SAE id -> (name, site, k, latents) of its baselines, or why it has none."""
         self.pca: dict[str, PCA] = {}
         self.random: dict[tuple[str, int, int], RandomDictionary] = {}
-        passes = 1 + 2 * len(self.targets) + (3 if config.baselines else 1) * len(self.subjects)
+        passes = 1 + 2 * len(self.targets) + (1 + len(config.beside)) * len(self.subjects)
         self.weight = 1.0 + (passes if config.loss and context.model is not None else 0)
         """What the second pass costs beside the first, in forward passes of the model: for the progress bar."""
         self.done, self.total = 0.0, (1 + self.weight) * max(len(names), 1)
@@ -146,7 +146,7 @@ class _Evaluation:
     def _moments(self, dataset: EvalDataset) -> dict[str, SiteMoments]:
         """Mean of every site; on the first dataset, second moments for PCA and the mean L0 of SAEs that have no k."""
         found: dict[str, SiteMoments] = {}
-        fit = self.config.baselines and dataset.name == self.first
+        fit = bool(self.config.beside) and dataset.name == self.first
         counting = [run for run in map(self._new_run, self.subjects) if fit and not self.config.pca_k and run.paired and run.declared_k is None]
         for piece in self._pieces(dataset, None, "finding means"):
             odd_M = piece.units_M % 2 == 1
@@ -154,7 +154,7 @@ class _Evaluation:
                 x_MD = piece.kept(site)
                 if site not in found:
                     width = x_MD.shape[1]
-                    outer = fit and 8 * width**2 <= self.config.memory
+                    outer = "pca" in self.config.beside and fit and 8 * width**2 <= self.config.memory
                     found[site] = SiteMoments((RowMoments(width, x_MD.device, outer=outer), RowMoments(width, x_MD.device, outer=outer)))
                 moments = found[site]
                 moments.broken += int((~x_MD.isfinite().all(1)).sum())
@@ -171,7 +171,7 @@ class _Evaluation:
         """Which baselines every SAE gets, fitted on the first dataset."""
         for subject in self.subjects:
             where, run = moments.get(subject.site), self._new_run(subject)
-            if not self.config.baselines:
+            if not self.config.beside:
                 self.baselines[subject.id] = "switched off (baselines: false)"
             elif not run.paired:
                 self.baselines[subject.id] = "a transcoder's target is not its input: rebuilding the input is no baseline for it"
@@ -186,12 +186,12 @@ class _Evaluation:
         config, site = self.config, subject.site
         width = len(where.mean_D)
         k = max(1, config.pca_k or run.declared_k or round(self.mean_l0[subject.id]))
-        chosen: list[tuple[str, str, int, int]] = [("pca", site, min(k, width), 0), ("random", site, min(k, run.latents), run.latents)]
-        self.baselines[subject.id] = chosen
-        if site not in self.pca and where.halves[0].outer_DD is not None and min(half.rows for half in where.halves):
+        chosen = {"pca": ("pca", site, min(k, width), 0), "random": ("random", site, min(k, run.latents), run.latents), "identity": ("identity", site, 0, 0)}
+        self.baselines[subject.id] = [chosen[name] for name in config.beside]
+        if "pca" in config.beside and site not in self.pca and where.halves[0].outer_DD is not None and min(half.rows for half in where.halves):
             self.pca[site] = PCA(where.halves)
         key = (site, min(k, run.latents), run.latents)
-        if key not in self.random and 4 * run.latents * width <= config.memory:
+        if "random" in config.beside and key not in self.random and 4 * run.latents * width <= config.memory:
             self.random[key] = RandomDictionary.make(where.mean_D, run.latents, key[1], self.context.seed)
 
     def _no_baseline(self, name: str, site: str, k: int, latents: int) -> str | None:
@@ -275,7 +275,9 @@ class _Evaluation:
         self, base: BaselineRun, key: tuple[str, str, int, int], piece: Piece, mean_D: Tensor, losses: LossPiece | None, taps: dict[str, Tap], own: bool
     ) -> None:
         x_MD = piece.kept(base.site)
-        if base.name == "pca":
+        if base.name == "identity":
+            xhat_MD = x_MD
+        elif base.name == "pca":
             xhat_MD = self.pca[base.site].reconstruct(x_MD, piece.units_M, base.k, own=own)
         else:
             xhat_MD = self.random[key[1:]].reconstruct(x_MD, self.config.memory)
@@ -315,7 +317,7 @@ class _Evaluation:
     def _baseline_rows(self, out: table.Table, run: SubjectRun, site: SequenceSums, beside: dict, empty: str | None, reason: str | None, note: str | None):
         chosen = self.baselines.get(run.subject.id, "no dataset was given")
         why = chosen if isinstance(chosen, str) else None
-        keys = [("pca", "", 0, 0), ("random", "", 0, 0)] if why else chosen
+        keys = [(name, "", 0, 0) for name in self.config.beside or ("pca", "random")] if why else chosen
         for key in keys:
             missing = why or empty or self._no_baseline(*key)
             missing = missing or (None if key in beside else f"activation rows at {key[1]} hold NaN or infinite numbers")

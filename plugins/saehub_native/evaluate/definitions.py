@@ -29,6 +29,12 @@ RANDOM = (
 )
 
 
+IDENTITY = (
+    "x̂ = x, in the model's own dtype: no dictionary at all. FVU is 0 and everything is recovered where rows are put back in their place; what is "
+    "missing from that is lost by the splice, not by an SAE."
+)
+
+
 @dataclass(frozen=True)
 class Definition:
     """One metric's meaning."""
@@ -117,7 +123,7 @@ _PLAIN = (
 _BASES = {"fvu": "FVU", "ce_recovered_zero": "CE recovered (zero-ablation)", "ce_recovered_mean": "CE recovered (mean-ablation)"}
 _BASELINES = tuple(
     _define(f"{metric}_{name}", f"{title} of {words}", f"saehub.{metric}/1 of a baseline beside the SAE. {text}")
-    for name, words, text in (("pca", "PCA, same k", PCA), ("random", "a random dictionary", RANDOM))
+    for name, words, text in (("pca", "PCA, same k", PCA), ("random", "a random dictionary", RANDOM), ("identity", "the identity", IDENTITY))
     for metric, title in _BASES.items()
 )
 

@@ -168,13 +168,14 @@ def firing(table: Table, run: SubjectRun, config: CoreConfig) -> None:
 
 
 def baseline(table: Table, name: str, sums: SequenceSums, site: SequenceSums, k: int, loss_reason: str | None, note: str | None) -> None:
-    """FVU and CE recovered of one baseline."""
-    table.estimate(f"fvu_{name}", ratio(sums["squared_error"], sums["squared_total"]), f"k = {k}")
+    """FVU and CE recovered of one baseline; `k` is 0 where it has none."""
+    at = f"k = {k}" if k else None
+    table.estimate(f"fvu_{name}", ratio(sums["squared_error"], sums["squared_total"]), at)
     for metric in ("ce_recovered_zero", "ce_recovered_mean"):
         if loss_reason:
             table.missing(f"{metric}_{name}", loss_reason)
         else:
-            table.estimate(f"{metric}_{name}", recovered(site, sums["ce"])[metric], _joined(f"k = {k}", note, _unclear(site, metric)))
+            table.estimate(f"{metric}_{name}", recovered(site, sums["ce"])[metric], _joined(at, note, _unclear(site, metric)))
 
 
 def ordered(rows: list[Measurement]) -> list[Measurement]:

@@ -243,7 +243,7 @@ def _doubts(e: Evidence, t: VerdictConfig) -> list[tuple[str, str]]:
 
 def _praise(e: Evidence) -> str:
     words = [f"{e.recovered:.1%} of the cross-entropy recovered" if e.recovered is not None else f"FVU {e.fvu:.3g} (random directions: {e.fvu_random:.3g})"]
-    words.append(f"{e.dead:.1%} dead" if e.dead_decided else f"at most {e.dead:.1%} dead")
+    words.append("every latent fires" if e.dead == 0 else f"{e.dead:.1%} dead" if e.dead_decided else f"at most {e.dead:.1%} dead")
     words.append(f"redundancy {e.redundancy:.3f} (random directions: {e.redundancy_null:.3f})")
     words.append("it holds out of sample")
     return ", ".join(words)

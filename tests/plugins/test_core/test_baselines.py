@@ -96,3 +96,15 @@ def test_k_is_given_declared_or_measured(context, measure, fitted):
     assert found["topk", "in_sample", "fvu_pca"].note == "k = 6"
     assert found["relu", "in_sample", "fvu_pca"].note == f"k = {min(round(found['relu', 'in_sample', 'l0'].value), 32)}"
     assert measure(context(saes), pca_k=3)["relu", "in_sample", "fvu_pca"].note == "k = 3"
+
+
+def test_the_identity_recovers_everything_and_only_what_was_asked_for_is_beside(context, measure, fitted):
+    saes = {"a": (fitted(), "resid_post.0", None)}
+    found = measure(context(saes), baselines=("identity", "pca"))
+    for dataset in ("in_sample", "out_of_sample"):
+        assert found["a", dataset, "fvu_identity"].value == 0 and found["a", dataset, "fvu_identity"].note is None
+        for metric in ("ce_recovered_zero", "ce_recovered_mean"):
+            assert found["a", dataset, f"{metric}_identity"].value == pytest.approx(1, abs=1e-6)
+        assert ("a", dataset, "fvu_random") not in found
+    usual = measure(context(saes))
+    assert found["a", "out_of_sample", "fvu_pca"].value == usual["a", "out_of_sample", "fvu_pca"].value and ("a", "in_sample", "fvu_identity") not in usual
