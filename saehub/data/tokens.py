@@ -268,6 +268,22 @@ class TokenDataset:
         return load_file(self.path / "index.safetensors")["kept"].astype(np.int64)
 
     @cached_property
+    def _places(self) -> np.ndarray:
+        """Of each stored sequence: where it stands in its source's text, sources apart by more than any text holds."""
+        from safetensors.numpy import load_file
+
+        self._check(self.manifest["shards"][-1])
+        source = load_file(self.path / "index.safetensors")["source"].astype(np.int64)
+        places = source << 40
+        for s in np.unique(source):
+            places[source == s] += np.arange(int((source == s).sum()))
+        return places
+
+    def places(self, sequences_N: np.ndarray) -> np.ndarray:
+        """int64 [n]: sequences (numbered in the order of use) with consecutive places follow each other in one source's text."""
+        return self._places[self._order[sequences_N]]
+
+    @cached_property
     def _order(self) -> np.ndarray:
         """Stored index of each sequence in the order of use."""
         first = self.calibration_sequences

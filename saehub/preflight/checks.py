@@ -15,6 +15,7 @@ from saehub.preflight import tensor
 if TYPE_CHECKING:
     from saehub.api import Rows
     from saehub.data.model import ModelHandle
+    from saehub.preflight.order import Order
 
 FEW = 4
 """Sequences that whole forward passes (with logits) are made of."""
@@ -51,6 +52,8 @@ class Sample:
     """Its token ids, whole sequences; None where activations come from files."""
     settings: dict[str, Any]
     """dtype, normalize, context, block, lm_batch, batch, exclude (token ids); what the recipe says."""
+    order: Order | None = None
+    """How rows follow each other in the stream; None where they come without sequences."""
 
     def few(self, site: str) -> tuple[Tensor, Tensor]:
         """(rows [n, d], token ids [b, T]) of the first few sequences, excluded rows included: logits of many would be large."""
@@ -181,15 +184,20 @@ def _padding(sample: Sample, model: ModelHandle | None) -> Iterator[Check]:
 
 
 def _order(sample: Sample) -> Iterator[Check]:
-    settings = sample.settings
-    context, block, batch = settings.get("context"), settings.get("block"), settings.get("batch")
-    if not context or not block or sample.tokens_BT is None:
-        yield Check("shuffled", "skipped", "rows come without sequences")
+    order, batch = sample.order, sample.settings.get("batch") or 0
+    if order is None:
+        yield Check("shuffled", "skipped", "nothing is trained here, or rows come without sequences")
         return
-    sequences = max(1, block // context)
-    alike = (batch or 0) / sequences
-    if sequences < FEW_SEQUENCES:
-        fix = f"extract.block: {FEW_SEQUENCES * 4 * context}"
-        yield Check("shuffled", "warning", f"a block holds {sequences} sequences: a batch has about {alike:.0f} rows of each", fix)
+    words = (
+        f"of {order.pairs:,} consecutive rows in the first block, {order.same:.2%} come from one sequence ({order.same_expected:.2%} in a random order) and "
+        f"{order.beside:.2%} from sequences side by side in the text ({order.beside_expected:.2%})"
+    )
+    if order.ordered():
+        yield Check("shuffled", "failed", words, "report this: the order of the stream is the hub's own, and it is not random here")
+    elif order.pieces < FEW_SEQUENCES and order.text > order.pieces:
+        fix = f"extract.block: {FEW_SEQUENCES * 4 * sample.settings['context']}"
+        yield Check("shuffled", "warning", f"a block holds {order.pieces} sequences: a batch of {batch:,} has about {order.in_batch:.0f} rows of each", fix)
+    elif order.pieces < FEW_SEQUENCES:
+        yield Check("shuffled", "warning", f"the whole training text is {order.text} sequences: a batch of {batch:,} has about {order.in_batch:.0f} rows of each", "data.train: more text")
     else:
-        yield Check("shuffled", "ok", f"{sequences:,} sequences a block; a batch has about {alike:.1f} rows of each")
+        yield Check("shuffled", "ok", f"{words}; a batch of {batch:,} has {order.in_batch:.1f} rows of each of its sequences")

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from saehub.data.tokens import TokenDataset
     from saehub.pipeline.context import Context
     from saehub.pipeline.plan import Plan
+    from saehub.preflight.order import Order
 
 SEQUENCES = 16
 """Sequences looked at: enough for every check, a few forward passes of the model."""
@@ -66,7 +67,18 @@ def read(context: Context, tokens: TokenDataset | None, sites: list[str]) -> Sam
         "batch": max((stage.spec["job"].batch for stage in plan.of("train")), default=None), "exclude": list(train.exclude) if train else [],
     }  # fmt: skip
     tokens_BT = rows.token_ids_N.view(-1, width).to(torch.int64) if width and rows.token_ids_N is not None else None
-    return Sample(rows, tokens_BT, settings)
+    return Sample(rows, tokens_BT, settings, _order(plan, tokens, settings))
+
+
+def _order(plan: Plan, tokens: TokenDataset | None, settings: dict[str, Any]) -> Order | None:
+    """The order of the stream that this plan gives its trainers."""
+    from saehub.preflight.order import first_block
+    from saehub.seeds import derive
+
+    if tokens is None or not plan.of("train"):
+        return None
+    batches, seed = plan.totals["batches_per_block"], derive("stream", plan.recipe.seed)
+    return first_block(tokens, seed=seed, lm_batch=settings["lm_batch"], batches_per_block=batches, rows=plan.totals["rows"], batch=settings["batch"] or 1)
 
 
 def _loaded(context: Context, tokens: TokenDataset) -> list[Check]:
@@ -120,7 +132,7 @@ def for_recipe(plan: Plan) -> list[Check]:
             return preflight(context)
         policy = TokenPolicy(**{**stage.spec["policy"], "exclude": tuple(stage.spec["policy"]["exclude"])})
         with TemporaryDirectory(prefix="saehub-preflight-") as folder:
-            rows = min(stage.spec["rows"], SEQUENCES * policy.context)
+            rows = min(stage.spec["rows"], max(SEQUENCES * policy.context, plan.recipe.extract.block))  # the order of a block is that of a whole one
             mix = [(entry, entry.weight) for entry in stage.spec["mix"]]
             tokens = build(mix, plan.model, policy, Path(folder) / "tokens", rows=rows, calibration=0, seed=stage.spec["seed"], repeat=stage.spec["repeat"])
             return preflight(context, tokens)

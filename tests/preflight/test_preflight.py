@@ -6,17 +6,21 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 
-from saehub.api import Rows
+from saehub.api import ModelSpec, Rows
 from saehub.checkpoint.config import SAEConfig
 from saehub.checkpoint.sae import SAE
+from saehub.data.tokens import TokenDataset, TokenPolicy, build
 from saehub.errors import StageFailed
 from saehub.preflight import tensor
 from saehub.preflight.checks import Check, Sample, check_site, check_stream
+from saehub.preflight.order import Order, first_block, measure
 from saehub.preflight.scan import scan
+from saehub.recipe.schema import SourceEntry
 from saehub.testing.saes import fit_to
 from saehub.testing.stage import Stage
 from saehub.testing.toys import tiny_model, tiny_text
@@ -38,11 +42,11 @@ def asked(stage):
     tokens_BT = torch.randint(0, 256, (8, CONTEXT), generator=draw)
     tokens_BT[:, 0] = BOS
 
-    def ask(edit=lambda x: x, site: str = SITE, read: str | None = None, **settings) -> dict[str, Check]:
+    def ask(edit=lambda x: x, site: str = SITE, read: str | None = None, order: Order | None = None, **settings) -> dict[str, Check]:
         x_ND = edit(stage.reference(read or site, tokens_BT))
         keep_N = (tokens_BT != BOS).flatten()
         rows = Rows({site: x_ND}, keep_N, tokens_BT.flatten(), torch.arange(CONTEXT).repeat(8), torch.arange(8).repeat_interleave(CONTEXT))
-        sample = Sample(rows, tokens_BT, SETTINGS | settings)
+        sample = Sample(rows, tokens_BT, SETTINGS | settings, order)
         return {check.name.removeprefix(f"{site}: "): check for check in [*check_site(site, sample, stage.model), *check_stream(sample, stage.model)]}
 
     return ask
@@ -119,13 +123,69 @@ def test_digits_lost_to_a_large_coordinate(asked):
     assert line.status == "warning" and "rounding" in line.detail
 
 
-def test_sinks_norms_and_order(asked):
+def test_sinks_and_norms(asked):
     sink = asked(lambda x: x * torch.where(torch.arange(len(x)) % CONTEXT == 1, 50.0, 1.0)[:, None])["norms"]
     assert sink.status == "warning" and "exclude" in sink.fix and "square norm" in sink.detail
     assert asked(lambda x: 100 * x, normalize="none")["normalisation"].status == "warning"
     assert asked(lambda x: 100 * x)["normalisation"].status == "ok"
-    few = asked(block=4 * CONTEXT)["shuffled"]
-    assert few.status == "warning" and "4 sequences" in few.detail and few.fix.startswith("extract.block")
+
+
+def delivered(pieces: int, text: int, rule: str, batch: int = 256) -> Order:
+    """`pieces` sequences of CONTEXT rows out of a text of `text`, in one of three orders."""
+    draw = np.random.default_rng(0)
+    place_P = np.arange(pieces) if rule != "random" else draw.permutation(text)[:pieces]
+    piece_N = np.arange(pieces).repeat(CONTEXT)
+    if rule != "as it stands":
+        piece_N = draw.permutation(piece_N)
+    return measure(piece_N, place_P[piece_N], text, batch)
+
+
+def test_rows_in_the_order_of_the_text_are_caught_and_a_random_order_is_what_chance_gives(asked):
+    found = delivered(200, 5_000, "random")
+    assert found.same_expected == pytest.approx((CONTEXT - 1) / (200 * CONTEXT - 1)) and found.beside_expected == 2 / 5_000
+    assert found.same == pytest.approx(found.same_expected, abs=0.006) and not found.ordered()
+    assert asked(order=found)["shuffled"].status == "ok"
+
+    still = delivered(200, 5_000, "as it stands")
+    assert still.same == pytest.approx(1 - 1 / CONTEXT, abs=0.01) and still.in_batch == CONTEXT
+    line = failed(asked(order=still))["shuffled"]
+    assert "in a random order" in line.detail and line.fix
+
+    neighbours = delivered(200, 5_000, "shuffled within")  # a block of consecutive pieces of text, its rows shuffled
+    assert neighbours.same == pytest.approx(neighbours.same_expected, abs=0.006)
+    assert neighbours.beside == pytest.approx(2 / 200, abs=0.006) and failed(asked(order=neighbours))["shuffled"]
+
+
+def test_a_block_of_few_sequences_is_warned_of(asked):
+    few = asked(order=delivered(8, 5_000, "random", batch=64))["shuffled"]
+    assert few.status == "warning" and "8 sequences" in few.detail and few.fix.startswith("extract.block")
+    short = asked(order=delivered(8, 8, "random", batch=64))["shuffled"]
+    assert short.status == "warning" and "whole training text is 8 sequences" in short.detail and short.fix.startswith("data.train")
+    assert asked()["shuffled"].status == "skipped"
+
+
+@pytest.fixture(scope="module")
+def long_text(tmp_path_factory):
+    """A token dataset of several hundred sequences, many of each document."""
+    folder = tmp_path_factory.mktemp("long")
+    tiny_model(folder / "model")
+    (folder / "text.txt").write_text("\n\n".join(tiny_text(40, words=200)))
+    policy = TokenPolicy(context=CONTEXT, bos="sequence", exclude=("bos",))
+    return build([(SourceEntry(str(folder / "text.txt")), 1.0)], ModelSpec(str(folder / "model")), policy, folder / "tokens", rows=9_000, calibration=100, seed=1)
+
+
+def test_the_streams_own_order_is_measured_and_without_its_shuffles_it_is_caught(long_text, monkeypatch):
+    settings = dict(seed=3, lm_batch=8, batches_per_block=10, rows=8_000, batch=128)
+    found = first_block(long_text, **settings)
+    assert found.rows == found.pieces * (CONTEXT - 1) == 1200 and found.text > 500 and not found.ordered()
+    assert found.same == pytest.approx(found.same_expected, abs=0.02)
+    with monkeypatch.context() as patch:  # rows of a block as the language model gives them
+        patch.setattr("saehub.activations.blocks.permutation", lambda n, *parts: np.arange(n))
+        still = first_block(long_text, **settings)
+    assert still.same > 0.9 and still.ordered()
+    monkeypatch.setattr("saehub.data.tokens.permutation", lambda n, *parts: np.arange(n))  # sequences as the documents give them
+    neighbours = first_block(TokenDataset.open(long_text.path), **settings)
+    assert neighbours.beside > 5 * neighbours.beside_expected and neighbours.ordered()
 
 
 def test_padding_among_the_rows():
