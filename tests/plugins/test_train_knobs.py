@@ -151,7 +151,7 @@ def test_a_frozen_decoder_is_random_keeps_its_bits_and_the_rest_learns(name):
 def test_beside_a_frozen_decoder_the_rest_takes_the_steps_of_torch_adam(monkeypatch):
     """Gradients of the architecture (float64 autograd is their reference elsewhere), clipped and used by torch without the decoder's."""
     monkeypatch.setenv("SAEHUB_KERNELS", "reference")
-    config = TopKConfig(k=4, width=F, batch=BATCH, calibration=256, freeze_decoder=True, clip=0.1, lr=0.01, warmup=0.0, decay=0.0)
+    config = TopKConfig(k=4, width=F, batch=BATCH, calibration=256, freeze_decoder=True, clip=0.1, lr=0.01, warmup=0.0, decay=0.0, dead_after=10**6)
     job = Job("job", "resid_post.1", None, D, D, 12, BATCH, 12 * BATCH, seed=0)
     session, x = NativeTrainer(config).open(job, lambda n: (rows(256, seed=9)[:n], None)), rows(12 * BATCH)
     theirs = {name: p.clone() for name, p in session.params.items()}
