@@ -103,7 +103,7 @@ def test_every_metric_equals_the_float64_loops(case, stage, datasets, activation
 
 
 def test_rows_say_everything_that_a_number_needs(context, measure, fitted):
-    found = measure(context({"a": (fitted(), "resid_post.0", None)}))
+    found = measure(context({"a": (fitted(), "resid_post.0", None)}), baselines=("pca", "random", "identity"))
     for (_, _, metric), row in found.items():
         assert row.definition in DEFINITIONS and DEFINITIONS[row.definition].metric == metric.partition("@")[0]
         assert row.evaluator == "native/core" and row.version and row.seed == 7
