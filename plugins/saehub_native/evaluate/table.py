@@ -50,8 +50,7 @@ class Table:
                 better=known.better,
                 version=self.version,
                 seed=self.seed,
-                unit_of_n=self.unit,
-                **more,
+                **{"unit_of_n": self.unit, **more},
             )
         )
 
@@ -65,11 +64,13 @@ class Table:
         sums = {"numerator": found.numerator_S.tolist(), "denominator": found.denominator_S.tolist()}
         self._add(metric, found.value, stderr=found.stderr, ci_low=low, ci_high=high, n=found.n, note=note, parts={**sums, **(parts or {})})
 
-    def share(self, metric: str, value: float, stderr: float | None, n: int, note: str | None, parts: Mapping[str, Any]) -> None:
-        """A share between 0 and 1 with an error of its own; its interval is cut to 0..1."""
+    def share(
+        self, metric: str, value: float, stderr: float | None, n: int, note: str | None, parts: Mapping[str, Any], unit: str | None = None
+    ) -> None:
+        """A share between 0 and 1 with an error of its own; its interval is cut to 0..1. `unit`: of n, where it is not the table's."""
         wide = NORMAL_95 * stderr if stderr is not None else None
         low, high = (None, None) if wide is None else (max(0.0, value - wide), min(1.0, value + wide))
-        self._add(metric, value, stderr=stderr, ci_low=low, ci_high=high, n=n, note=note, parts=parts)
+        self._add(metric, value, stderr=stderr, ci_low=low, ci_high=high, n=n, note=note, parts=parts, unit_of_n=unit or self.unit)
 
     def failed(self, metric: str, reason: str) -> None:
         """No number, because something is wrong."""

@@ -136,10 +136,10 @@ class HealthEvaluator:
         share = ratio(sums["l0"], sums["rows"] * run.latents)
         out.estimate("l0_share", share, f"not sparse: more than {NOT_SPARSE:.0%} of the latents are active on a row" if share.value > NOT_SPARSE else None)
         dense, dense_error = run.dense_share(config.dense_rate)
-        out.share("dense_share", dense, dense_error, run.rows, f"more than {config.dense_rate:.0%} of the rows", {})
+        out.share("dense_share", dense, dense_error, run.rows, f"more than {config.dense_rate:.0%} of the rows", {}, "rows")
         together, together_error = run.cofiring()
         if math.isfinite(together):
-            out.share("cofiring", together, together_error, int((run.first_F >= 0).sum()), None, {})
+            out.share("cofiring", together, together_error, int((run.first_F >= 0).sum()), None, {}, "latents")
         else:
             out.missing("cofiring", "no latent fired")
         self._deadness(out, run)
@@ -157,12 +157,12 @@ class HealthEvaluator:
         window, whose = library_window(run.sae.provenance)
         if run.rows >= window:
             value = run.silent_in_last(window)
-            out.share("dead_share_library", value, math.sqrt(value * (1 - value) / run.latents), run.latents, whose, {"window": window})
+            out.share("dead_share_library", value, math.sqrt(value * (1 - value) / run.latents), run.latents, whose, {"window": window}, "latents")
         else:
             out.missing("dead_share_library", f"{whose}, and the dataset has {run.rows:,} rows", {"window": window})
         waking = run.waking_share()
         curve = run.curve(self.config.curve_points, watched.burst)
-        out.share("waking_share", waking, math.sqrt(waking * (1 - waking) / run.latents), run.latents, f"3/N = {watched.bound:.2g} at the end", {"curve": curve, **budget})
+        out.share("waking_share", waking, math.sqrt(waking * (1 - waking) / run.latents), run.latents, f"3/N = {watched.bound:.2g} at the end", {"curve": curve, **budget}, "latents")
 
 
 def library_window(provenance: dict[str, Any]) -> tuple[int, str]:

@@ -132,6 +132,9 @@ def test_health_of_a_plain_sae(health, context, fitted, datasets, activations):
         np.testing.assert_allclose(curve["silent"], [(first_F >= n).mean() for n in curve["rows"]])
         late = (first_F >= len(fired_NF) / 2) & (first_F < len(fired_NF))
         assert found["a", name, "waking_share"].value == pytest.approx(late.mean())
+        counted = {metric: (found["a", name, metric].n, found["a", name, metric].unit_of_n) for metric in ("dense_share", "cofiring", "waking_share", "l0_share")}
+        sequences = int(dataset.tokens.keep_ST.any(1).sum())
+        assert counted == {"dense_share": (len(fired_NF), "rows"), "cofiring": (len(jaccards), "latents"), "waking_share": (64, "latents"), "l0_share": (sequences, "sequences")}
     shift = found["a", "out_of_sample", "out_minus_in@norm_ratio"]
     a, b = (found["a", name, "norm_ratio"] for name in ("in_sample", "out_of_sample"))
     assert shift.value == b.value - a.value and shift.stderr == pytest.approx(math.hypot(a.stderr, b.stderr))
