@@ -124,7 +124,7 @@ def _word(word: str) -> Text:
 
 def _glance(found: Sequence[Group]) -> None:
     """The headline numbers of several SAEs in one table that fits a narrow terminal: one line an SAE and dataset."""
-    picked = [(group, {row.metric: row for row in headlines(group)}) for group in found]
+    picked = headlines(found)
     columns = {name: f"{name} {row.arrow}".strip() for _, rows in picked for name, row in rows.items()}
     grid = _grid(["SAE", "dataset", *columns.values()], right=columns.values())
     short = len({group.subjects for group in found}) == len(found)  # else the site tells them apart

@@ -97,8 +97,7 @@ def page(run: RunFolder) -> dict[str, Any]:
 
 def overview(groups: Iterable[table.Group]) -> dict[str, Any]:
     """The headline numbers: {"columns": [(metric, arrow, datasets)], "saes": [(name, site, [[cell of each dataset] of each column])]}."""
-    found = [(group, {row.metric: row for row in table.headlines(group)}) for group in groups]
-    found = [(group, rows) for group, rows in found if rows]
+    found = [(group, rows) for group, rows in table.headlines(groups) if rows]
     columns: dict[str, tuple[table.Row, list[str | None]]] = {}
     for group, rows in found:
         for name, row in rows.items():

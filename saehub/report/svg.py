@@ -201,11 +201,14 @@ def _axes(
 ) -> str:
     floor = HEIGHT - BOTTOM
     parts = []
-    for mark in y_marks:
+    named = [y_text(mark) for mark in y_marks]
+    if len(set(named)) < len(named):  # too near to each other for so few digits
+        named = [f"{mark:.6g}" for mark in y_marks]
+    for mark, name in zip(y_marks, named, strict=True):
         y = frame.y(mark)
         parts.append(
             f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>'
-            f'<text class="tick" x="{LEFT - 7}" y="{y}" dy="3.5" text-anchor="end">{_safe(y_text(mark))}</text>'
+            f'<text class="tick" x="{LEFT - 7}" y="{y}" dy="3.5" text-anchor="end">{_safe(name)}</text>'
         )
     for mark in x_marks:
         x = frame.x(mark)

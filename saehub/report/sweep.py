@@ -98,7 +98,7 @@ def values(measurements: Iterable[Measurement], dataset: str | None) -> dict[str
 
 
 def tradeoffs(measurements: Sequence[Measurement], saes: Mapping[str, Mapping[str, Any]]) -> list[Tradeoff]:
-    """One for each site with two or more SAEs and each measure of fidelity; `saes` are those of run_card.json."""
+    """One for each site with SAEs of different L0 and each measure of fidelity; `saes` are those of run_card.json."""
     dataset = first_dataset(measurements)
     known = values(measurements, dataset)
     sites = {row.subjects[0]: row.site for row in measurements if len(row.subjects) == 1}
@@ -113,7 +113,8 @@ def tradeoffs(measurements: Sequence[Measurement], saes: Mapping[str, Mapping[st
                     curves.setdefault(family, Curve(family)).points.append((known[name]["l0"], known[name][metric], name))
             for curve in curves.values():
                 curve.points.sort()
-            if sum(len(curve.points) for curve in curves.values()) > 1:
+            sparsities = [x for curve in curves.values() for x, _, _ in curve.points]
+            if sparsities and max(sparsities) > (1 + SAME) * min(sparsities):  # SAEs of one L0 are a column of the table, no trade-off
                 found.append(Tradeoff(site or "-", metric, title, better, dataset or "", list(curves.values())))
     return found
 

@@ -128,11 +128,18 @@ def groups(measurements: Iterable[Measurement | Mapping[str, Any]]) -> list[Grou
     return [Group(subjects, site, columns, tuple(members)) for (subjects, site), members in by_sae.items()]
 
 
-def headlines(group: Group) -> list[Row]:
-    """One row for each of `HEADLINES`, as far as it was measured."""
-    valued = {row.metric: row for row in group.rows if any(cell.value is not None for cell in row.cells.values())}
-    found = [next((valued[name] for name in names if name in valued), None) for names in HEADLINES]
-    return [row for row in found if row is not None]
+def headlines(found: Iterable[Group]) -> list[tuple[Group, dict[str, Row]]]:
+    """Each group with one row, by metric, for each of `HEADLINES` as far as it was measured: the same metric for all of them, if one is known of all."""
+    valued = [(group, {row.metric: row for row in group.rows if any(cell.value is not None for cell in row.cells.values())}) for group in found]
+    picked: list[tuple[Group, dict[str, Row]]] = [(group, {}) for group, _ in valued]
+    for names in HEADLINES:
+        some = [rows for _, rows in valued if any(name in rows for name in names)]
+        common = next((name for name in names if some and all(name in rows for rows in some)), None)
+        for (_, rows), (_, into) in zip(valued, picked, strict=True):
+            name = common if common in rows else next((name for name in names if name in rows), None)
+            if name is not None:
+                into[name] = rows[name]
+    return picked
 
 
 def sizes(row: Row) -> str:

@@ -42,6 +42,12 @@ def test_values_over_three_decades_are_drawn_logarithmic():
     assert (y0 - y2) / (y0 - y1) == pytest.approx(3.0, abs=0.02)
 
 
+def test_marks_that_would_read_alike_get_more_digits():
+    picture = svg.points([svg.Series("a", [1, 2], [0.98312, 0.98317], 0, ["x", "y"])], title="t", x_label="x")
+    marks = [tick.text for tick in ElementTree.fromstring(picture).iter(f"{SPACE}text") if tick.get("class") == "tick" and tick.text.startswith("0.98")]
+    assert len(marks) > 1 and len(set(marks)) == len(marks)
+
+
 def test_tokens_read_are_drawn_by_their_logarithm():
     drawn = points(svg.lines([svg.Series("a", [0, 10, 100, 10_000], [1.0, 0.8, 0.4, 0.0], 0)], title="t", x_label="x", log=False, log_x=True))
     (x0, _), (x1, _), (x2, _) = drawn  # nothing is at 0 tokens

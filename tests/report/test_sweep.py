@@ -50,6 +50,10 @@ def test_a_point_that_another_beats_is_not_on_the_front():
     assert one.front() == ["n16"] and one.matched == []
 
 
+def test_saes_of_one_l0_are_no_tradeoff():
+    assert sweep.tradeoffs(rows([("n16", 32, 0.20), ("n64", 32.1, 0.30)]), SAES) == []
+
+
 def test_sites_are_never_mixed():
     measured = rows([("n16", 16, 0.2)], "resid_post.1") + rows([("n64", 64, 0.1)], "resid_post.3")
     assert sweep.tradeoffs(measured, SAES) == []

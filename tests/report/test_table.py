@@ -74,7 +74,16 @@ def test_headlines_take_the_first_that_has_a_value():
     names = ["explained_variance", "never_fired_share", "fvu", "ce_recovered_zero", "l0"]
     measured = [row(name) for name in names] + [row("dead_share", value=None, status="not_measured")]
     (group,) = table.groups(measured)
-    assert [line.metric for line in table.headlines(group)] == ["fvu", "ce_recovered_zero", "l0", "never_fired_share"]
+    ((_, lines),) = table.headlines([group])
+    assert list(lines) == ["fvu", "ce_recovered_zero", "l0", "never_fired_share"]
+
+
+def test_headlines_of_several_are_of_one_metric_where_all_have_it():
+    other = [row(name, subjects=("b",)) for name in ("fvu", "dead_share@1e-04", "never_fired_share")]
+    found = table.headlines(table.groups([row("fvu"), row("never_fired_share"), *other]))
+    assert [list(lines) for _, lines in found] == [["fvu", "never_fired_share"]] * 2
+    lone = table.headlines(table.groups([row("never_fired_share"), row("dead_share", subjects=("b",))]))
+    assert [list(lines) for _, lines in lone] == [["never_fired_share"], ["dead_share"]]
 
 
 def test_sizes_and_footnotes():
