@@ -44,7 +44,7 @@ def measurements(sae: str = "native-k32", worse: float = 0.0) -> list[Measuremen
             measurement("explained_variance", name, 0.8712 - 0.08 * off - worse, 0.0021 + 0.003 * off, sae=sae, better="higher"),
             measurement("mse", name, 0.0417 + 0.02 * off, 0.0006, sae=sae, better="lower"),
             measurement("cosine", name, 0.9312 - 0.03 * off, 0.0009, sae=sae, better="higher"),
-            measurement("l0", name, float(sae.rpartition("-k")[2] or 32), 0.0, sae=sae),
+            measurement("l0", name, 64.0 if sae.endswith("-k64") else 32.0, 0.0, sae=sae),
             measurement("l1", name, 118.42 + 7 * off, 1.3, sae=sae),
             measurement("ce_clean", name, 3.412 + 0.2 * off, 0.031, sae=sae),
             measurement("ce_spliced", name, 3.569 + 0.31 * off, 0.033, sae=sae, better="lower"),
