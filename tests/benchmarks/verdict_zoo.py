@@ -2,6 +2,7 @@
 
     python tests/benchmarks/verdict_zoo.py FILE.jsonl --train [--half test]    trains and measures what FILE.jsonl does not hold yet
     python tests/benchmarks/verdict_zoo.py FILE.jsonl [--json OUT]             judges the stored evidence: table, macro-F1, early verdicts
+    python tests/benchmarks/verdict_zoo.py FILE.jsonl --again 480,10 320,0     trains the stored runs of a width and seed again, and compares
 
 Each line of FILE.jsonl is one run: its fault, the verdict that it deserves, and the evidence measured at 10 % of the rows and at the end.
 """
@@ -73,8 +74,31 @@ def report(runs: list[dict]) -> dict:
     return found
 
 
-def train(file: Path, only: str | None) -> None:
-    """Train and measure every run (of one half, if `only` names it) that `file` does not hold; runs of one width, seed, site and text together."""
+def again(file: Path, wanted: list[str]) -> None:
+    """Train the stored runs of these widths and seeds again, and print by how much any of their numbers differs."""
+    held = {(run["fault"], run["width"], run["seed"]): run for run in map(json.loads, file.read_text().splitlines())}
+    places = {tuple(map(int, pair.split(","))) for pair in wanted}
+    with TemporaryDirectory() as folder:
+        fresh = Path(folder) / "again.jsonl"
+        train(fresh, None, places)
+        equal, worst = 0, (0.0, "")
+        found = [json.loads(line) for line in fresh.read_text().splitlines()]
+        for run in found:
+            stored = held[run["fault"], run["width"], run["seed"]]
+            equal += all(run[when] == stored[when] for when in ("early", "final"))
+            for when in ("early", "final"):
+                for name in run[when].keys() | stored[when].keys():
+                    a, b = run[when].get(name), stored[when].get(name)
+                    apart = abs(a - b) / max(abs(a), abs(b), 1e-30) if isinstance(a, float) and isinstance(b, float) else float(a != b)
+                    worst = max(worst, (apart, f"{name} ({when}) of {run['fault']}, {run['width']}, seed {run['seed']}"))
+    print(f"{equal} of {len(found)} runs gave the stored numbers in all 6 digits; largest relative difference {worst[0]:.1e} {worst[1]}")
+
+
+def train(file: Path, only: str | None, places: set[tuple[int, int]] | None = None) -> None:
+    """Train and measure every run (of one half, if `only` names it; of some widths and seeds, if `places` does) that `file` does not hold.
+
+    Runs of one width, seed, site and text are measured together.
+    """
     import torch
 
     from tests.benchmarks import zoo
@@ -84,7 +108,7 @@ def train(file: Path, only: str | None) -> None:
     done = {(run["fault"], run["width"], run["seed"]) for run in held}
     groups: dict[tuple, list[dict]] = {}
     for run in zoo.runs():
-        if (run["fault"], run["width"], run["seed"]) not in done and only in (None, run["half"]):
+        if (run["fault"], run["width"], run["seed"]) not in done and only in (None, run["half"]) and (places is None or (run["width"], run["seed"]) in places):
             groups.setdefault((*(run[name] for name in ("half", "width", "seed", "site", "k")), zoo.PLANTED[run["fault"]].text), []).append(run)
     with TemporaryDirectory() as folder, open(file, "a", encoding="utf-8") as out:
         worlds = {half: zoo.world_of(half, Path(folder)) for half in zoo.ROWS}
@@ -108,8 +132,11 @@ def main() -> None:
     parser.add_argument("file", type=Path)
     parser.add_argument("--train", action="store_true")
     parser.add_argument("--half", choices=("set", "test"))
+    parser.add_argument("--again", nargs="+", metavar="WIDTH,SEED")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if options.again:
+        return again(options.file, options.again)
     if options.train:
         return train(options.file, options.half)
     found = report([json.loads(line) for line in options.file.read_text().splitlines()])
