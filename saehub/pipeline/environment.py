@@ -18,6 +18,7 @@ def describe(device: str | None = None) -> dict[str, Any]:
         "platform": platform.platform(),
         "machine": platform.node(),
         "cpus": os.cpu_count(),
+        "processor": processor(),
         "libraries": {name: version for name in LIBRARIES if (version := _version(name))},
     }
     if "torch" in sys.modules:
@@ -28,6 +29,16 @@ def describe(device: str | None = None) -> dict[str, Any]:
         if device and device.startswith("cuda"):
             found["device_name"] = torch.cuda.get_device_name(device)
     return found
+
+
+def processor() -> str:
+    """The processor's own name, such as `AMD EPYC`; where the system does not say, its architecture."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as known:
+            named = next((line.partition(":")[2].strip() for line in known if line.startswith("model name")), "")
+    except OSError:
+        named = ""
+    return named or platform.processor() or platform.machine()
 
 
 def _version(name: str) -> str | None:
@@ -44,7 +55,8 @@ def same_place(recorded: dict[str, Any]) -> bool:
 
 def differences(recorded: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What differs and can change the last bits: `threads: 2 -> 4`."""
-    names = ("platform", "python", "threads", "device", "device_name")
+    names = ("platform", "python", "threads", "processor", "device", "device_name")
+    recorded = {"processor": now.get("processor"), **recorded}  # what was written before processors were
     found = [f"{name}: {recorded.get(name)} -> {now.get(name)}" for name in names if recorded.get(name) != now.get(name)]
     before, after = recorded.get("libraries", {}), now.get("libraries", {})
     return found + [f"{name}: {before.get(name)} -> {after.get(name)}" for name in sorted({*before, *after}) if before.get(name) != after.get(name)]

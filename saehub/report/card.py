@@ -159,6 +159,7 @@ def _sae(entry: Mapping[str, Any], checkpoint: Path) -> Iterator[tuple[str, Any]
 def _machine(card: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     here = card.get("environment") or {}
     yield "device", " ".join(str(here[name]) for name in ("device", "device_name") if here.get(name))
+    yield "processor", f"{here['processor']}, {here.get('cpus')} cores" if here.get("processor") else None
     yield "threads", here.get("threads")
     yield "platform", here.get("platform")
     yield "python", here.get("python")

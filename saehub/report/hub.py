@@ -105,7 +105,7 @@ def minimum(run: RunFolder) -> list[tuple[str, str]]:
         ("BOS and masking", fact(("Text", "BOS"), ("Text", "excluded tokens"))),
         ("data", fact(("Text", "sources"), ("Text", "hash"), ("Activations", "stream hash"))),
         ("tokens trained", fact(("SAE", "tokens trained"))),
-        ("hardware and cost", fact(("Machine", "device"), ("Run", "wall time"), ("SAE", "speed"), ("Machine", "peak memory"), ("Run", "lock file"))),
+        ("hardware and cost", fact(("Machine", "device"), ("Machine", "processor"), ("Run", "wall time"), ("SAE", "speed"), ("Machine", "peak memory"), ("Run", "lock file"))),
         ("golden activations", fact(("SAE", "golden probe"))),
     ]
     lines += [(words, "measured, see the results" if reason is None else f"{UNKNOWN}: {reason}") for words, reason in wanted(run)]

@@ -100,7 +100,7 @@ def card(saes: tuple[str, ...] = ("native-k32",)) -> dict:
         "saes": {name: sae(name) for name in saes},
         "extract": {"uses": "native/hf", "sites": ["resid_post.2"], "dtype": "float32", "normalize": "sqrt_d", "lm_batch": 32},
         "exports": {f"saelens/{name}": {"outcome": "verified by the target's library", "reason": None} for name in saes},
-        "environment": {"python": "3.11.7", "platform": "Linux-6.1-x86_64", "machine": "laptop", "cpus": 2, "threads": 2, "device": "cpu", "libraries": {"saehub": "0.1.0", "torch": "2.15.0"}},
+        "environment": {"python": "3.11.7", "platform": "Linux-6.1-x86_64", "machine": "laptop", "cpus": 2, "processor": "AMD EPYC", "threads": 2, "device": "cpu", "libraries": {"saehub": "0.1.0", "torch": "2.15.0"}},
         "stages": {"tokens/train": {"key": "12" * 32, "status": "cached", "seconds": 3.0}, **{f"train/{name}": {"key": "34" * 32, "status": "finished", "seconds": 61.3} for name in saes}},
     }  # fmt: skip
 

@@ -260,6 +260,7 @@ def test_every_item_of_the_minimum_is_filled_or_says_why_not(fake_run, tmp_path)
     known = dict(minimum(RunFolder(fake_run.write(tmp_path / "r"))))
     for name in ("model and revision", "tensor", "architecture and sizes", "dtype and normalisation", "BOS and masking", "data", "tokens trained", "hardware and cost"):
         assert known[name] and not known[name].startswith("not measured"), name
+    assert "AMD EPYC, 2 cores" in known["hardware and cost"]
     assert known["verdict"] == "not measured: native/verdict was not run"
     assert known["feature absorption"].startswith("not measured: ")
     assert all(value.partition("not measured:")[2].strip() for value in known.values() if value.startswith("not measured"))
