@@ -80,7 +80,7 @@ def again(file: Path, wanted: list[str]) -> None:
     places = {tuple(map(int, pair.split(","))) for pair in wanted}
     with TemporaryDirectory() as folder:
         fresh = Path(folder) / "again.jsonl"
-        train(fresh, None, places)
+        train(fresh, None, places, set(held))
         equal, worst = 0, (0.0, "")
         found = [json.loads(line) for line in fresh.read_text().splitlines()]
         for run in found:
@@ -94,10 +94,9 @@ def again(file: Path, wanted: list[str]) -> None:
     print(f"{equal} of {len(found)} runs gave the stored numbers in all 6 digits; largest relative difference {worst[0]:.1e} {worst[1]}")
 
 
-def train(file: Path, only: str | None, places: set[tuple[int, int]] | None = None) -> None:
-    """Train and measure every run (of one half, if `only` names it; of some widths and seeds, if `places` does) that `file` does not hold.
-
-    Runs of one width, seed, site and text are measured together.
+def train(file: Path, only: str | None, places: set[tuple[int, int]] | None = None, known: set[tuple] | None = None) -> None:
+    """Train and measure every run that `file` does not hold: of one half, if `only` names it; of some widths and seeds, if `places` does; of the
+    (fault, width, seed) in `known`. Runs of one width, seed, site and text are measured together.
     """
     import torch
 
@@ -108,7 +107,8 @@ def train(file: Path, only: str | None, places: set[tuple[int, int]] | None = No
     done = {(run["fault"], run["width"], run["seed"]) for run in held}
     groups: dict[tuple, list[dict]] = {}
     for run in zoo.runs():
-        if (run["fault"], run["width"], run["seed"]) not in done and only in (None, run["half"]) and (places is None or (run["width"], run["seed"]) in places):
+        name, place = (run["fault"], run["width"], run["seed"]), (run["width"], run["seed"])
+        if name not in done and only in (None, run["half"]) and (places is None or place in places) and (known is None or name in known):
             groups.setdefault((*(run[name] for name in ("half", "width", "seed", "site", "k")), zoo.PLANTED[run["fault"]].text), []).append(run)
     with TemporaryDirectory() as folder, open(file, "a", encoding="utf-8") as out:
         worlds = {half: zoo.world_of(half, Path(folder)) for half in zoo.ROWS}
