@@ -16,7 +16,8 @@ from rich.text import Text
 from saehub.cli.running import Pace, extent, line, metrics_text, took
 from saehub.cli.talk import clean, colour, interactive
 from saehub.report import numbers
-from saehub.report.table import Group, Row, dataset_label, footnote, groups, headlines, sizes
+from saehub.report.pictures import stability_rows
+from saehub.report.table import Group, Row, dataset_label, footnote, groups, headlines, measurement, sizes
 from saehub.report.verdicts import COLUMNS, Verdict, dataset_of, layer_table, verdicts
 
 STATUS = {
@@ -89,7 +90,7 @@ def facts(pairs: Iterable[tuple[str, object]], *, title: str = "") -> None:
 
 
 def results(measurements: Iterable[Any]) -> None:
-    """One table an SAE: metric, direction, value ± standard error by dataset, n; then the caveats; last, verdicts with reasons, or the headlines."""
+    """One table an SAE: metric, direction, value ± standard error by dataset, n; then the caveats; last, verdicts with reasons, or the headlines; stability."""
     measurements = list(measurements)
     found = groups(measurements)
     if not found:
@@ -103,6 +104,10 @@ def results(measurements: Iterable[Any]) -> None:
         _verdicts(said, measurements)
     elif len(found) > 1:
         _glance(found)
+    head, lines = stability_rows([measurement(row) for row in measurements])
+    if lines:
+        show(Text("\nstability: what SAEs that were trained apart share", style="bold"))
+        table(head, lines, right=head[2:5])
 
 
 def _verdicts(said: Sequence[Verdict], measurements: Sequence[Any]) -> None:

@@ -29,7 +29,7 @@ def timed(name: str, folder: Path, threads: int) -> str:
         raise SystemExit(f"{name} ended with {done.returncode}:\n{done.stderr[-3000:]}")
     worked = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     ends = [i for i, line in enumerate(done.stdout.splitlines()) if line.startswith(("verdicts (", "at a glance"))]
-    table = "\n".join(done.stdout.splitlines()[ends[-1] :]) if ends else ""
+    table = "\n".join(done.stdout.splitlines()[ends[0] :]) if ends else ""
     return f"{name}: {wall:.0f} s, processor {worked:.0f} s, report {(folder / name / 'report.html').stat().st_size:,} bytes\n{table}\n"
 
 

@@ -159,3 +159,14 @@ def test_a_narrow_terminal_loses_no_digit(home, capsys, monkeypatch, fake_run):
     monkeypatch.setenv("COLUMNS", "200")
     render.results(fake_run.measurements("a") + fake_run.measurements("b", 0.02))
     assert sorted(filter(str.isdigit, capsys.readouterr().out)) == sorted(filter(str.isdigit, out))
+
+
+def test_a_pair_ends_with_its_stability_beside_both_nulls(home, capsys):
+    def pair(metric: str, value: float) -> Measurement:
+        return Measurement(metric, value, ("a", "b"), "native/stability", "d/1", site="resid_post.2", stderr=0.01, n=64)
+
+    render.results([pair("shared_share", 0.4), pair("shared_share_random", 0.0), pair("shared_share_init", 0.1), pair("pw_mcc", 0.6)])
+    heading, names, _, shared, mcc = capsys.readouterr().out.splitlines()[-5:]
+    assert heading.startswith("stability") and names.split()[:5] == ["SAEs", "these", "SAEs", "random", "before"]
+    assert [word for word in shared.split() if word.startswith("0.")] == ["0.400", "0.010", "0.000", "0.010", "0.100", "0.010"]
+    assert "PW-MCC" in mcc and mcc.count("not measured") == 2
