@@ -64,6 +64,7 @@ def page(run: RunFolder) -> dict[str, Any]:
         "took": numbers.duration(run.card.get("seconds")),
         "errors": [error.get("what") for error in run.card.get("errors") or []],
         "overview": overview(groups),
+        "controls": controls(groups),
         "tables": [result_table(group) for group in groups],
         "judgements": judgements(run),
         "styles": VERDICT_STYLE,
@@ -114,6 +115,30 @@ def overview(groups: Iterable[table.Group]) -> dict[str, Any]:
         (definitions.title(row), row.arrow, [table.dataset_label(dataset) for dataset in datasets]) for row, datasets in columns.values()
     ]
     return {"columns": heads, "saes": saes}
+
+
+BESIDE = (("", "the SAE"), ("_pca", "PCA, same k"), ("_random", "random dictionary"), ("_identity", "identity"))
+"""End of a metric's name, and whose number it then is."""
+
+
+def controls(groups: Iterable[table.Group]) -> dict[str, Any]:
+    """Each SAE's FVU and CE recovered beside what needs no SAE: {"columns": [(metric, arrow, datasets)], "lines": [(SAE, whose, cells)]}; {} without any."""
+    known = [(group, {row.metric: row for row in group.rows if any(cell.value is not None for cell in row.cells.values())}) for group in groups]
+    known = [(group, rows) for group, rows in known if sum(f"fvu{end}" in rows for end, _ in BESIDE) > 1]
+    columns: dict[str, tuple[table.Row, list[str | None]]] = {}
+    for metric in ("fvu", "ce_recovered_zero"):
+        for group, rows in known:
+            if metric in rows:
+                columns.setdefault(metric, (rows[metric], [name for name in group.datasets if name in rows[metric].cells]))
+    blank, lines = table.Cell("", ""), []
+    for group, rows in known:
+        for end, words in BESIDE:
+            if f"fvu{end}" in rows:
+                own = [rows[f"{metric}{end}"].cells if f"{metric}{end}" in rows else {} for metric in columns]
+                cells = [found.get(name, blank) for found, (_, names) in zip(own, columns.values(), strict=True) for name in names]
+                lines.append((" + ".join(group.subjects) if not end else "", words, cells))
+    heads = [(definitions.title(row), row.arrow, [table.dataset_label(name) for name in names]) for row, names in columns.values()]
+    return {"columns": heads, "lines": lines} if lines else {}
 
 
 def result_table(group: table.Group) -> dict[str, Any]:

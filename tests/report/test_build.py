@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from saehub.report import build, card, pictures
+from saehub.report import build, card, pictures, table
 from saehub.report.run_folder import RunFolder
 
 pytestmark = pytest.mark.quick
@@ -52,6 +52,15 @@ def test_headline_numbers_are_text_in_both_columns(page):
     assert rows[1] == ["in-sample", "out-of-sample"] * 4
     assert rows[2][1:3] == ["0.1293 ± 0.0021", "0.2103 ± 0.0051"]
     assert rows[3][1:3] == ["0.1493 ± 0.0021", "0.2303 ± 0.0051"]
+
+
+def test_an_sae_stands_beside_its_controls_where_they_were_measured(fake_run):
+    rows = fake_run.measurements() + [fake_run.measurement("ce_recovered_zero_identity", "in_sample", 1.0, 0.0), fake_run.measurement("fvu_identity", "in_sample", 0.0, 0.0)]
+    found = build.controls(table.groups(rows))
+    assert [arrow for _, arrow, _ in found["columns"]] == ["↓", "↑"]
+    lines = {words: [cell.text.partition(" ")[0] for cell in cells] for _, words, cells in found["lines"]}
+    assert lines == {"the SAE": ["0.1293", "0.2103", "0.9634", "0.9424"], "PCA, same k": ["0.3142", "0.3642", "", ""], "identity": ["0", "", "1.000", ""]}
+    assert build.controls(table.groups([row for row in rows if not row.metric.startswith("fvu_")])) == {}
 
 
 def test_one_sae_gets_tiles(fake_run, tmp_path):
