@@ -40,6 +40,8 @@ class TrainConfig:
     """Share of the steps, at the end, over which it falls linearly to zero (not with `schedule_free`)."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Adam's decay rates of the first and the second moment."""
+    adam_bits: Literal[32, 8] = 32
+    """Bits a number of Adam's moments of matrices: 8 takes a quarter of their memory, and less time on a GPU (more on a CPU)."""
     clip: float | None = 1.0
     """Largest L2 norm of the whole gradient (of a loss in units of FVU); None: no clipping."""
     calibration: int = 8192
@@ -128,6 +130,8 @@ class TrainConfig:
             yield f"warmup {self.warmup:g} and decay {self.decay:g} overlap; together they may be at most 1"
         if not all(0 <= beta < 1 for beta in self.betas):
             yield f"betas are {list(self.betas)}; both must lie in [0, 1)"
+        if self.adam_bits != 32 and self.optimizer != "adam":
+            yield f"adam_bits is {self.adam_bits}, but the optimizer is {self.optimizer}; leave one of them out"
         if self.clip is not None and not self.clip > 0:
             yield f"clip is {self.clip:g}; it must be above 0, or null for no clipping"
         if self.calibration < 1:

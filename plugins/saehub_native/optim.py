@@ -52,24 +52,41 @@ class Adam:
     def __init__(self, params: Mapping[str, Tensor], betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8):
         self.params, self.betas, self.eps = dict(params), betas, eps
         self.t = 0
+        self.now: float | Tensor = 0  # t, where kernels find it
         self.m = {name: torch.zeros_like(p) for name, p in params.items()}
         self.v = {name: torch.zeros_like(p) for name, p in params.items()}
         self._scratch: dict[str, Tensor] = {}
 
     def step(self, grads: Mapping[str, Tensor | RowSums], lr: float) -> None:
         """One update of every parameter that has a gradient of its name; `RowSums` are formed, projected, used and forgotten row by row."""
+        self.apply(grads, *self.scales(lr))
+
+    def scales(self, lr: float) -> tuple[float, float, float]:
+        """Begin a step: lr/(1−β₁ᵗ), √(1−β₂ᵗ) and t."""
         self.t += 1
         beta1, beta2 = self.betas
-        size, spread = lr / (1 - beta1**self.t), math.sqrt(1 - beta2**self.t)
+        return lr / (1 - beta1**self.t), math.sqrt(1 - beta2**self.t), self.t
+
+    def apply(self, grads: Mapping[str, Tensor | RowSums], size: float | Tensor, spread: float | Tensor, t: float | Tensor) -> None:
+        """The update itself; 0-dimensional tensors in place of numbers let a device repeat it without being told new ones."""
+        self.now = t
         for name, g in grads.items():
             if isinstance(g, RowSums):
                 g.kernels.update(self, name, g, size, spread)
-                continue
-            if name not in self._scratch:
-                self._scratch[name] = torch.empty_like(self.params[name])
-            self.m[name].lerp_(g, 1 - beta1)
-            v = self.v[name].mul_(beta2).addcmul_(g, g, value=1 - beta2)
-            scale = torch.sqrt(v, out=self._scratch[name]).div_(spread).add_(self.eps)
+            else:
+                self.apply_dense(name, g, size, spread)
+
+    def apply_dense(self, name: str, g: Tensor, size: float | Tensor, spread: float | Tensor) -> None:
+        """One parameter, from a gradient that is held whole."""
+        beta1, beta2 = self.betas
+        if name not in self._scratch:
+            self._scratch[name] = torch.empty_like(self.params[name])
+        self.m[name].lerp_(g, 1 - beta1)
+        v = self.v[name].mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        scale = torch.sqrt(v, out=self._scratch[name]).div_(spread).add_(self.eps)
+        if isinstance(size, Tensor):
+            self.params[name].sub_(torch.div(self.m[name], scale, out=scale).mul_(size))
+        else:
             self.params[name].addcdiv_(self.m[name], scale, value=-size)
 
     def state(self) -> dict[str, Tensor]:
@@ -105,6 +122,13 @@ def clip(params: Mapping[str, Tensor], grads: Mapping[str, Tensor | RowSums], la
     """
     plain = [g for g in grads.values() if not isinstance(g, RowSums)]
     lazy = {name: g for name, g in grads.items() if isinstance(g, RowSums)}
+    if lazy and next(iter(lazy.values())).kernels.name == "gpu":  # the host does not wait for a norm
+        factor = next(iter(lazy.values())).kernels.clip_factor(params, plain, lazy, largest)
+        for g in plain:
+            g.mul_(factor)
+        for g in lazy.values():
+            g.factor = factor
+        return
     norms = [g.norm() for g in plain]
     if lazy:
         square = float(torch.stack(norms).double().square().sum()) if norms else 0.0

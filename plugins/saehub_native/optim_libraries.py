@@ -22,6 +22,10 @@ def make(config: TrainConfig, params: Mapping[str, Tensor]) -> Optimizer:
         return Muon(params, config.betas)
     if config.optimizer == "schedule_free":
         return ScheduleFree(params, config.betas)
+    if config.adam_bits == 8:
+        from saehub_native.optim8 import Adam8
+
+        return Adam8(params, config.betas)
     return Adam(params, config.betas)
 
 

@@ -14,6 +14,7 @@ from saehub.errors import FormatError, StageFailed, UsageError
 from saehub.seeds import generator
 from saehub_native.kernels import pick
 from saehub_native.kernels.lazy import RowSums
+from saehub_native.kernels.replay import Replay, why_not
 from saehub_native.optim import clip
 from saehub_native.optim_libraries import make
 from saehub_native.schedule import lr_factor
@@ -58,6 +59,7 @@ class NativeSession:
         self.params = params
         self.optimizer = make(config, {name: p for name, p in params.items() if name not in config.frozen})
         self.kernels.lazy = self._takes_row_sums()
+        self.replay = self._replay()
         self.steps_done = 0
         self.since_fired_F = torch.zeros(config.d_sae(job), dtype=torch.int64, device=job.device)
         self.dead_rows = config.dead_rows(job)
@@ -65,7 +67,14 @@ class NativeSession:
 
     def _takes_row_sums(self) -> bool:
         """Whether gradients that are never held whole suit both who makes them and who uses them."""
-        return self.config.optimizer == "adam" and getattr(self.architecture, "takes_row_sums", False)
+        formed = self.config.adam_bits == 32 or self.kernels.name == "gpu"
+        return self.config.optimizer == "adam" and formed and getattr(self.architecture, "takes_row_sums", False)
+
+    def _replay(self) -> Replay | None:
+        """The step in a form that a GPU can be handed whole; None where it has to be led through it."""
+        if why_not(self.config, self.architecture, self.kernels) is not None:
+            return None
+        return Replay(self._work, self.optimizer, self.kernels, self.params["W_enc"])
 
     def _calibration_rows(self) -> tuple[Tensor, Tensor]:
         config, job = self.config, self.job
@@ -95,33 +104,48 @@ class NativeSession:
         x_BD = self._rows(x_BD, job.d_in, "rows")
         y_BD = x_BD if job.target_site is None else self._rows(y_BD, job.d_out, "targets")
         lr = self.config.peak_lr(job) * lr_factor(self.steps_done, job.steps, self.config.warmup, self.config.last_decay)
+        if self.replay is not None:
+            last, residual_BD = self.replay(x_BD, y_BD, lr)
+        else:
+            last, residual_BD = self._work(x_BD, y_BD, lr)
+        self._last = {**last, "lr": lr}
+        if self.replay is not None and self.steps_done % CHECK_EVERY == 0:
+            self._check_finite()
+        self.steps_done += 1
+        if self.steps_done in self.config.resampling_steps(job):
+            self._resample(x_BD, y_BD, residual_BD)
 
+    def _work(self, x_BD: Tensor, y_BD: Tensor, lr: float | Tensor) -> tuple[dict[str, Tensor | float], Tensor]:
+        """The part of a step between rows and changed tensors; its metrics and the residual. With `lr` a tensor (`replay.Work`'s numbers), it
+        reads nothing back from the device."""
         dead_F = self.since_fired_F >= self.dead_rows
         result = self.architecture.gradients(self.params, x_BD, y_BD, dead_F, self.steps_done)
-        self._last = {
+        last = {
             "loss": result.loss,
             "squared_error": result.squared_error,
             "variance": (y_BD - y_BD.mean(0)).square_().sum(),
             "l0": result.l0,
             "dead": dead_F.float().mean(),
-            "lr": lr,
             **result.extra,
         }
-        if x_BD.device.type == "cpu" or self.steps_done % CHECK_EVERY == 0:
+        waits = not isinstance(lr, Tensor)
+        if waits and (x_BD.device.type == "cpu" or self.steps_done % CHECK_EVERY == 0):
+            self._last = {**last, "lr": lr}
             self._check_finite()
         self.architecture.before_update(self.params, result.grads)
         for name in self.config.frozen:  # after what is projected in place, before the norm of what remains
             result.grads.pop(name)
         if self.config.clip is not None:
             clip(self.params, result.grads, self.config.clip)
-        self.optimizer.step(result.grads, lr)
+        if waits:
+            self.optimizer.step(result.grads, lr)
+        else:
+            self.optimizer.apply(result.grads, *lr)
         if not isinstance(result.grads.get("W_dec"), RowSums):  # which the optimizer keeps on its constraint
             self.architecture.after_update(self.params)
         self.since_fired_F += x_BD.shape[0]
-        self.since_fired_F[result.fired_F] = 0
-        self.steps_done += 1
-        if self.steps_done in self.config.resampling_steps(job):
-            self._resample(x_BD, y_BD, result.residual_BD)
+        self.since_fired_F.masked_fill_(result.fired_F, 0)
+        return last, result.residual_BD
 
     def _resample(self, x_BD: Tensor, y_BD: Tensor, residual_BD: Tensor) -> None:
         """Dead latents become directions of rows of this batch, drawn with probability ∝ |e|⁴ (Bricken et al. 2023), and start afresh."""
@@ -203,6 +227,7 @@ class NativeSession:
         self.kernels = self.architecture.kernels = pick(self.job.device, data["kernels"])
         self.kernels.load_state(data.get("kernel_state", {}))
         self.kernels.lazy = self._takes_row_sums()
+        self.replay = self._replay()
         for name, tensor in held.items():
             tensor.copy_(tensors[name])
         self.architecture.constants = dict(data["constants"])

@@ -5,7 +5,10 @@
     python tests/benchmarks/gpu.py --compile                        compiles every kernel for compute capability 9.0; needs no device
 
 Needs torch, triton, numpy and safetensors; sparsify, dictionary_learning and sae_lens are timed where they can be imported. A step is a whole
-one: selection, reconstruction, gradients, clipping, projection, Adam, counters. Steps are interleaved A, B, C … C, B, A on the same rows.
+one: selection, reconstruction, gradients, clipping, projection, Adam, counters.
+
+On a device every part runs in a process of its own, because a kernel that goes astray takes its process's CUDA context with it: what was
+found before stays, the row says how it died, and the rest goes on. The JSON file is written anew after every row.
 """
 
 from __future__ import annotations
@@ -13,8 +16,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
+import queue
 import statistics
+import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,309 +30,465 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "plugins"), str(Path(__file__).parent)]
 
-import torch
-from torch import Tensor
-
 SIZES = {"A": (4096, 131_072, 64, 8192), "B": (2304, 65_536, 64, 8192)}  # d, latents, k, batch
-EVERY = "every selected latent's float64 value within 8u·scale of the k-th"
+PEERS = {"Sparsify": "eai-sparsify", "DictionaryLearning": "dictionary-learning", "SAELens": "sae-lens"}
+OURS = {  # name: kernels, settings, architecture
+    "saehub gpu": ("gpu", {}, "topk"),
+    "saehub gpu, 8-bit Adam": ("gpu", {"adam_bits": 8}, "topk"),
+    "saehub gpu, torch's product": ("gpu:library", {}, "topk"),
+    "saehub gpu, torch's product, 8-bit Adam": ("gpu:library", {"adam_bits": 8}, "topk"),
+    "saehub gpu, op by op": ("gpu", {}, "topk"),
+    "saehub gpu, AuxK with a quarter of the latents dead": ("gpu", {"auxk_alpha": 1 / 32}, "topk"),
+    "saehub gpu, BatchTopK": ("gpu", {}, "batchtopk"),
+    "saehub gpu:float32": ("gpu:float32", {}, "topk"),
+    "saehub reference (plain torch)": ("reference", {}, "topk"),
+}
+MARK = "@@ "
+WARM, TIMED, SECONDS = 6, 30, 8.0  # steps that are not counted; at most so many that are, in at most so many seconds
+TILES = ((128, 128, 64, 8, 3), (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (256, 128, 64, 8, 3), (128, 128, 64, 4, 4), (128, 256, 32, 8, 4))
 
 
-def rows_of(n: int, d: int, device: str, seed: int = 0) -> Tensor:
-    """Sparse sums of 4,096 directions with a mean and some noise, float32, mean norm √d."""
-    draw = torch.Generator(device=device).manual_seed(seed)
-    D_FD = torch.nn.functional.normalize(torch.randn(4096, d, generator=draw, device=device), dim=1)
-    chance_F = torch.arange(1, 4097, device=device, dtype=torch.float32) ** -0.7
-    indices = torch.multinomial(chance_F, n * 24, replacement=True, generator=draw).view(n, 24)
-    x_ND = torch.nn.functional.embedding_bag(indices, D_FD, per_sample_weights=0.5 + 2 * torch.rand(n, 24, generator=draw, device=device), mode="sum")
-    x_ND += 0.2 + 0.3 * (24 / d) ** 0.5 * torch.randn(n, d, generator=draw, device=device)
-    return x_ND * (d**0.5 / x_ND.norm(dim=1).mean())
+def say(**row: object) -> None:
+    """A row to the parent process."""
+    print(MARK + json.dumps(row), flush=True)
 
 
-# ---------------------------------------------------------------------- correctness
-def relative(found: Tensor, expected: Tensor) -> float:
-    """‖found − expected‖ / ‖expected‖ in float64."""
-    return float((found.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30))
-
-
-def checks(device: str) -> Iterator[tuple[str, float, float]]:
-    """(what, measured error, bound), each kernel against plain torch or float64."""
-    from saehub_native.kernels.audit import missed_rows
-    from saehub_native.kernels.gpu import GROUP, GpuKernels
-    from saehub_native.kernels.reference import ReferenceKernels
-
-    small = device == "cpu"
-    n, d, F, k = (6, 16, 528, 3) if small else (512, 520, 20_000, 32)
-    draw = torch.Generator().manual_seed(0)
-    x_BD, W_FD = torch.randn(n, d, generator=draw).to(device), (torch.randn(F, d, generator=draw) / d**0.5).to(device)
-    b_F = (0.1 * torch.randn(F, generator=draw)).to(device)
-    gpu, plain = GpuKernels(), ReferenceKernels()
-    gpu.r = 8 if small else gpu.r
-    for by_size in (False, True):
-        word = "|p|" if by_size else "relu"
-        values_BC, score_BC, indices_BC, counts_B, bar_B = gpu.candidates(x_BD, W_FD, b_F, k + gpu.r, by_size)
-        p_BF = x_BD.bfloat16().double() @ W_FD.bfloat16().double().T + b_F.double()
-        s_BF = p_BF.abs() if by_size else p_BF.clamp_min(0)
-        here_BC = torch.arange(indices_BC.shape[1], device=device) < counts_B[:, None]
-        rounding = 2.0**-22 if gpu.interpreted else 2.0**-8  # scores are bfloat16 on a device
-        yield f"encode, {word}: ranking scores", relative(score_BC[here_BC], s_BF.gather(1, indices_BC)[here_BC]), rounding
-        maxima_BG = torch.nn.functional.pad(s_BF, (0, -F % GROUP)).unflatten(1, (-1, GROUP)).amax(2)
-        bar = maxima_BG.topk(k + gpu.r, dim=1).values[:, -1]
-        yield f"threshold, {word}: the (k + r)-th group maximum", relative(bar_B, bar), rounding
-        lacking = (counts_B < k + gpu.r).sum() + sum(int((row[1:] <= row[:-1]).sum()) for row in (r[:c] for r, c in zip(indices_BC, counts_B, strict=True)))
-        yield f"gather, {word}: rows with fewer than k + r candidates, or out of order", float(lacking), 0.0
-        exact_BF = x_BD.double() @ W_FD.double().T + b_F.double()
-        yield f"refine, {word}: exact values", relative(values_BC[here_BC], exact_BF.gather(1, indices_BC)[here_BC]), 1e-6
-    for rule in ("top", "abs"):
-        values_BK, indices_BK = gpu.encode_select(x_BD, W_FD, b_F, k, rule)
-        missed = missed_rows(x_BD, W_FD, b_F, values_BK, indices_BK, k, rule)
-        yield f"select, {rule}: rows where not {EVERY}", float(missed.sum()), 0.0
-    tied_FD = W_FD.clone()
-    tied_FD[1::2] = tied_FD[::2]  # every latent twice: no candidate stands clear of the bar, all rows must be taken from float32
-    values_BK, indices_BK = gpu.encode_select(x_BD[:4], tied_FD, b_F * 0, k)
-    yield "select, ties: against float32", relative(values_BK.sort().values, plain.encode_select(x_BD[:4], tied_FD, b_F * 0, k)[0].sort().values), 1e-6
-    yield "select, no row positive: values", float(gpu.encode_select(x_BD[:4], W_FD, b_F - 100, k)[0].abs().sum()), 0.0
-
-    y_BD = torch.randn(n, d, generator=draw).to(device)
-    values_BK, indices_BK = plain.encode_select(x_BD, W_FD, b_F, k)
-    values_BK[0] = 0
-    results = [kernels.reconstruct(y_BD.clone(), values_BK, indices_BK, W_FD, 0.37) for kernels in (gpu, plain)]
-    for name, found, expected in zip(("residual", "gradient", "value gradients", "squared error"), *results, strict=True):
-        yield f"reconstruct: {name}", relative(found, expected), 2e-6
-    yield from update_checks(gpu, plain, x_BD, indices_BK, values_BK, F)
-    yield from training_checks(device)
-
-
-def update_checks(gpu, plain, x_BD: Tensor, indices_BK: Tensor, values_BK: Tensor, F: int) -> Iterator[tuple[str, float, float]]:
-    """The per-latent kernel in its three modes, with AuxK's dense rows and a projection, against dense float64."""
-    from saehub_native.optim import Adam
-
-    device, d = x_BD.device, x_BD.shape[1]
-    draw = torch.Generator().manual_seed(1)
-    W_FD = torch.nn.functional.normalize(torch.randn(F, d, generator=draw), dim=1).to(device)
-    extra_N = torch.randperm(F, generator=draw)[: F // 8].to(device)
-    extra_ND = torch.randn(len(extra_N), d, generator=draw).to(device)
-    gpu.lazy = True
-    sums = gpu.latent_sums(gpu.group(indices_BK, F), values_BK, x_BD).index_add_(0, extra_N, extra_ND)
-    gpu.lazy, sums.sphere = False, True
-    dense_FD = torch.zeros(F, d, dtype=torch.float64, device=device)
-    for j in range(indices_BK.shape[1]):
-        dense_FD.index_add_(0, indices_BK[:, j], values_BK[:, j, None].double() * x_BD.double())
-    dense_FD[extra_N] += extra_ND.double()
-    dense_FD -= (dense_FD * W_FD.double()).sum(1, keepdim=True) * W_FD.double()
-    yield "latents: gradient", relative(sums.dense(W_FD), dense_FD), 1e-6
-    square = float(dense_FD.square().sum())
-    yield "latents: its square", abs(gpu.square(sums, W_FD) / square - 1), 1e-5
-    yield "latents: square_bound below the square by", max(0.0, 1 - gpu.square_bound(sums) / square), 0.0
-    sums.factor = 0.5
-    adams = [Adam({"W": W_FD.clone()}), Adam({"W": W_FD.double().clone()})]
-    gpu._low(adams[0].params["W"])
-    for _ in range(3):
-        adams[0].step({"W": sums}, 1e-2)
-        weight = adams[1].params["W"]
-        gradient = dense_of(plain, sums, weight)
-        adams[1].step({"W": gradient * 0.5}, 1e-2)
-        weight.div_(weight.norm(dim=1, keepdim=True))
-    yield "update: weight after 3 steps", relative(adams[0].params["W"], adams[1].params["W"]), 2e-6
-    yield "update: second moment", relative(adams[0].v["W"], adams[1].v["W"]), 1e-5
-    copy = gpu._low(adams[0].params["W"])
-    yield "update: bfloat16 copy", relative(copy, adams[0].params["W"]), 2.0**-8
-
-
-def dense_of(plain, sums, W_FD: Tensor) -> Tensor:
-    """The projected gradient of `sums` at W_FD, dense and in W_FD's dtype, before its factor."""
-    g_FD = torch.zeros_like(W_FD)
-    part = sums.parts[0]
-    firing = part.firing
-    for latent in firing.counts_F.nonzero().squeeze(1).tolist():
-        pairs = slice(int(firing.offsets_F[latent]), int(firing.offsets_F[latent] + firing.counts_F[latent]))
-        g_FD[latent] = part.weights_N[firing.order_N[pairs]].to(W_FD) @ part.source_BD[firing.rows_N[pairs]].to(W_FD)
-    g_FD[sums.extra[0]] += sums.extra[1].to(W_FD)
-    return g_FD - (g_FD * W_FD).sum(1, keepdim=True) * W_FD
-
-
-def session(kernels: str, device: str, d: int, n_latents: int, k: int, batch: int, steps: int, **settings: object):
-    """A native TopK training under those kernels."""
-    from saehub.api import Job
-    from saehub_native.config import TopKConfig
-    from saehub_native.train import NativeTrainer
-
-    os.environ["SAEHUB_KERNELS"] = kernels
-    config = TopKConfig(k=k, width=n_latents, batch=batch, calibration=min(4096, 8 * batch), **settings)
-    job = Job("gpu", "resid_post.0", None, d, d, steps, batch, steps * batch, 0, device=device)
-    return NativeTrainer(config).open(job, lambda n: (rows_of(n, d, device, seed=9), None))
-
-
-def training_checks(device: str) -> Iterator[tuple[str, float, float]]:
-    """Whole steps: against the plain kernels, the same bits twice, and through a saved state."""
-    small = device == "cpu"
-    d, F, k, batch, steps = (8, 384, 2, 4, 3) if small else (256, 16_384, 16, 1024, 12)
-    x = [rows_of(batch, d, device, seed=step) for step in range(steps)]
-    settings = {"dead_after": 2 * batch, "k_aux": 4}
-
-    def train(kernels: str, stop: int | None = None, session_=None, start: int = 0):
-        session_ = session_ or session(kernels, device, d, F, k, batch, steps, **settings)
-        if kernels == "gpu":
-            session_.kernels.r = 8 if small else session_.kernels.r
-        for step in range(start, steps if stop is None else stop):
-            session_.step(x[step])
-        return session_
-
-    whole, plain = train("gpu"), train("reference")
-    for name, weight in whole.params.items():
-        yield f"training, {steps} steps: {name} against the plain kernels", relative(weight, plain.params[name]), 1e-4
-    again = train("gpu")
-    yield "training: bits that differ the second time", float(sum((whole.params[n] != again.params[n]).sum() for n in whole.params)), 0.0
-    tensors, data = train("gpu", steps // 2).state()
-    resumed = session("gpu", device, d, F, k, batch, steps, **settings)
-    resumed.load_state({name: t.clone() for name, t in tensors.items()}, json.loads(json.dumps(data)))
-    resumed = train("gpu", None, resumed, steps // 2)
-    yield "training: bits that differ after a resume", float(sum((whole.params[n] != resumed.params[n]).sum() for n in whole.params)), 0.0
+def short(error: BaseException) -> str:
+    """One line. An error that takes the CUDA context with it ends the process: the parent reports it and begins another one."""
+    line = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+    if any(word in line for word in ("CUDA error", "AcceleratorError", "illegal memory", "misaligned address", "unspecified launch", "CUBLAS_STATUS_EXECUTION")):
+        print(line, file=sys.stderr, flush=True)
+        os._exit(3)
+    return line
 
 
 # ---------------------------------------------------------------------- compilation
-def compile_all(capability: int = 90) -> list[dict]:
+def compile_all(only: list[str] | None = None, capability: int = 90) -> Iterator[dict]:
     """Every kernel to machine code for a CUDA device that need not be there, at the sizes of SIZES["A"]."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    from saehub_native.kernels import triton_encode as e
-    from saehub_native.kernels import triton_latents as l
+    from saehub_native.kernels import gpu_dead, triton_batch, triton_dead, triton_encode, triton_latents
+    from saehub_native.kernels.gpu import TILES as CHOSEN
+    from saehub_native.kernels.gpu_common import warps_for
 
-    f, i, q, h = "*fp32", "*i32", "*i64", "*bf16"
-    shape = {"n_rows": "i32", "n_latents": "i32", "d": "i32", "n_groups": "i32", "wanted": "i32", "capacity": "i32"}
+    e, l, a = triton_encode, triton_latents, triton_dead
+    f, i, q, h, u = "*fp32", "*i32", "*i64", "*bf16", "*u8"
+    shape = dict.fromkeys(("n_rows", "n_latents", "d", "k", "n_groups", "wanted", "capacity", "first", "stride", "n"), "i32")
     encode = {"x_ptr": h, "W_ptr": h, "b_ptr": f, "scores_ptr": h, "maxima_ptr": f}
     pairs = {"offsets_ptr": q, "counts_ptr": q, "rows_ptr": q, "order_ptr": q, "weights_ptr": f, "source_ptr": f, "slots_ptr": i, "extra_ptr": f}
-    numbers = dict.fromkeys(("factor", "beta1", "beta2", "size", "spread", "eps", "tiny"), "fp32")
+    floats = dict.fromkeys(("numbers_ptr", "W_ptr", "m_scale_ptr", "v_scale_ptr", "norms_ptr", "residual_ptr", "scale_ptr", "grad_ptr", "error_ptr", "acts_ptr", "a_ptr", "sums_ptr", "p_ptr"), f)
+    floats |= dict.fromkeys(("beta1", "beta2", "eps", "tiny", "weight"), "fp32")
+    listed = {"rows_ptr": i, "count_ptr": i, "list_ptr": i, "x_ptr": f, "b_ptr": f, "out_ptr": f}
+    BM, BN, BK, warps, stages = gpu_dead.TILE
+    dead, dead_options = dict(PRECISION="tf32", BM=BM, BN=BN, BK=BK), dict(num_warps=warps, num_stages=stages)
+    tiles = [CHOSEN, *(tile for tile in TILES if tile != CHOSEN)]
     plan: list[tuple] = [
-        *((e.encode, encode, dict(UPCAST=False, BY_SIZE=s, GROUP=16, BM=128, BN=128, BK=64), dict(num_warps=8, num_stages=3)) for s in (False, True)),
+        *((e.encode, encode, dict(UPCAST=False, BY_SIZE=False, GROUP=16, BM=t[0], BN=t[1], BK=t[2]), dict(num_warps=t[3], num_stages=t[4])) for t in tiles),
+        (e.encode, encode, dict(UPCAST=False, BY_SIZE=True, GROUP=16, BM=CHOSEN[0], BN=CHOSEN[1], BK=CHOSEN[2]), dict(num_warps=CHOSEN[3], num_stages=CHOSEN[4])),
+        (e.finish, {"scores_ptr": h, "b_ptr": f, "maxima_ptr": f}, dict(BY_SIZE=False, GROUP=16, GROUPS=128), {}),
         (e.threshold, {"maxima_ptr": f, "out_ptr": f}, dict(BLOCK=8192), {}),
         (e.gather, {"scores_ptr": h, "maxima_ptr": f, "threshold_ptr": f, "indices_ptr": i, "counts_ptr": i}, dict(GROUP=16, GROUPS=64), {}),
-        (e.refine, {"x_ptr": f, "W_ptr": f, "b_ptr": f, "indices_ptr": i, "counts_ptr": i, "values_ptr": f}, dict(BLOCK=16, D=4096), {}),
-        (l.reconstruct, dict.fromkeys(("target_ptr", "values_ptr", "W_ptr", "grad_ptr", "delta_ptr", "error_ptr"), f) | {"indices_ptr": q, "weight": "fp32"},
-         dict(K=64, D=4096), {}),
-        *((l.latents, pairs | numbers | {"W_ptr": f, "m_ptr": f, "v_ptr": f, "out_ptr": h if mode == l.UPDATE else f},
-           dict(SPHERE=True, EXTRA=True, SHADOW=mode == l.UPDATE, MODE=mode, D=4096), {}) for mode in (l.STORE, l.SQUARE, l.UPDATE)),
+        (e.refine, {"x_ptr": f, "b_ptr": f, "indices_ptr": i, "counts_ptr": i, "values_ptr": f}, dict(BLOCK=16, D=4096), {}),
+        (e.exact, listed, dict(BM=16, BN=64, BK=32), {}),
+        *((e.choose, listed | {"values_ptr": f, "indices_ptr": q}, dict(BY_SIZE=s, BLOCK=1024), {}) for s in (False, True)),
+        *((triton_batch.histogram, {"values_ptr": f, "prefix_ptr": i, "counts_ptr": i}, dict(SHIFT=s, BINS=b, FIRST=s == 21, BLOCK=1024, PASSES=8), {}) for s, b in ((21, 1024), (11, 1024), (0, 2048))),
+        (l.reconstruct, dict.fromkeys(("target_ptr", "values_ptr", "delta_ptr"), f) | {"indices_ptr": q}, dict(D=4096), dict(num_warps=warps_for(4096))),
+        (l.totals, pairs | {"out_ptr": f}, dict(BLOCK=128), dict(num_warps=1)),
+        (l.bound, pairs | {"out_ptr": f}, dict(EXTRA=True, BLOCK=128, D=4096), dict(num_warps=1)),
+        *((l.latents, pairs | {"m_ptr": u if bits == 8 else f, "v_ptr": u if bits == 8 else f, "out_ptr": h if mode == l.UPDATE else f},
+           dict(SPHERE=True, EXTRA=True, SHADOW=mode == l.UPDATE, MODE=mode, BITS=bits, D=4096, BLOCK=256), dict(num_warps=warps_for(4096)))
+          for mode, bits in ((l.STORE, 32), (l.SQUARE, 32), (l.UPDATE, 32), (l.UPDATE, 8))),
+        *((a.scores, listed, dict(MODE=mode, **dead), dead_options) for mode in (a.RELU, a.SIGNED, a.MASK)),
+        (a.keep, listed, dict(BLOCK=1024), {}),
+        (a.miss, listed, dead, dead_options),
+        *((a.gradients, listed | {"source_ptr": f}, dict(FIRST=first, **dead), dead_options) for first in (True, False)),
     ]  # fmt: skip
-    found = []
     for kernel, signature, constants, options in plan:
-        types = {name: "constexpr" if name in constants else (signature | shape).get(name) or signature[name] for name in kernel.arg_names}
-        made = compile(ASTSource(fn=kernel, signature=types, constexprs=constants), target=GPUTarget("cuda", capability, 32), options=options)
-        found.append({"kernel": kernel.__name__, "bytes": len(made.asm["cubin"]), "shared": made.metadata.shared})
-    return found
+        types = {name: "constexpr" if name in constants else (floats | signature).get(name) or shape[name] for name in kernel.arg_names}
+        name = kernel.__module__.rpartition("_")[2] + "." + kernel.__name__
+        if only and name not in only:
+            continue
+        try:
+            made = compile(ASTSource(fn=kernel, signature=types, constexprs=constants), target=GPUTarget("cuda", capability, 32), options=options)
+            yield {"kernel": name, "constants": constants, "options": options, "bytes": len(made.asm["cubin"]), "shared": made.metadata.shared}
+        except Exception as error:
+            yield {"kernel": name, "constants": constants, "options": options, "failed": short(error)}
 
 
-# ---------------------------------------------------------------------- benchmark
-def runners(size: tuple[int, int, int, int], device: str) -> Iterator[tuple[str, Callable[[], Callable[[Tensor], object]]]]:
-    """(name, maker of a step) of ours and of every peer that can be imported, as shipped and under bfloat16 autocast."""
-    d, F, k, batch = size
+# ---------------------------------------------------------------------- parts, each in a process of its own on a device
+def time_steps(step: Callable, x: list, until: float) -> dict:
+    """Milliseconds a step: median, p10, p90."""
+    import torch
 
-    def native(kernels: str):
-        def make() -> Callable[[Tensor], object]:
-            return session(kernels, device, d, F, k, batch, 100_000).step
-
-        return make
-
-    yield "saehub gpu", native("gpu")
-    yield "saehub reference (plain torch)", native("reference")
-    import peers
-
-    for name in ("Sparsify", "DictionaryLearning", "SAELens"):
-        for autocast in (False, True):
-
-            def make(name: str = name, autocast: bool = autocast) -> Callable[[Tensor], object]:
-                peer = getattr(peers, name)(d, F, k, batch, False, device=device)
-
-                def step(x_BD: Tensor) -> object:
-                    with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
-                        return peer.step(x_BD)
-
-                return step
-
-            yield f"{name}, {'bfloat16 autocast' if autocast else 'as shipped'}", make
-
-
-def benchmark(size: tuple[int, int, int, int], device: str, until: float) -> dict[str, dict]:
-    """Milliseconds a step: median, p10 and p90 of interleaved rounds. One trainer is held at a time: some need most of the memory."""
-    d, F, k, batch = size
-    x = [rows_of(batch, d, device, seed=seed) for seed in range(4)]
-    found: dict[str, dict] = {}
-    makers = list(runners(size, device))
-    for order in (makers, makers[::-1]):
-        for name, make in order:
-            if time.monotonic() > until or found.get(name, {}).get("failed"):
-                continue
-            try:
-                step, times = make(), []
-                for i in range(3 + 8):
-                    torch.cuda.synchronize()
-                    start = time.perf_counter()
-                    step(x[i % len(x)])
-                    torch.cuda.synchronize()
-                    times.append(1000 * (time.perf_counter() - start))
-                found.setdefault(name, {"ms": []})["ms"] += times[3:]
-            except Exception as error:  # a peer that is absent or does not fit is a row that says so
-                found[name] = {"failed": f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}"}
-            step = None
-            torch.cuda.empty_cache()
-    for row in found.values():
-        if "ms" in row:
-            tenths = statistics.quantiles(row["ms"], n=10)
-            row |= {"median": statistics.median(row["ms"]), "p10": tenths[0], "p90": tenths[-1], "rounds": len(row.pop("ms"))}
-    return found
-
-
-def gemm_ms(size: tuple[int, int, int, int], device: str) -> float:
-    """Milliseconds of the encoder's product alone, bfloat16, by the library that torch uses."""
-    d, F, _, batch = size
-    a, b = torch.randn(batch, d, device=device, dtype=torch.bfloat16), torch.randn(F, d, device=device, dtype=torch.bfloat16)
-    times = []
-    for _ in range(12):
+    times, begun = [], None
+    for i in range(WARM + TIMED):
         torch.cuda.synchronize()
         start = time.perf_counter()
-        for at in range(0, batch, 2048):
-            a[at : at + 2048] @ b.T
+        step(x[i % len(x)])
         torch.cuda.synchronize()
-        times.append(1000 * (time.perf_counter() - start))
-    return statistics.median(times[2:])
+        now = time.perf_counter()
+        if i >= WARM:
+            times.append(1000 * (now - start))
+            begun = begun or start
+            if len(times) >= 3 and (now - begun > SECONDS or time.time() > until):
+                break
+    ordered = sorted(times)
+    tenth = len(ordered) // 10
+    return {"median": statistics.median(ordered), "p10": ordered[tenth], "p90": ordered[-1 - tenth], "steps": len(ordered)}
+
+
+def ours(name: str, size: tuple[int, int, int, int]) -> tuple[Callable, object]:
+    """One of `OURS`: its step and its session."""
+    from gpu_checks import session
+
+    d, F, k, batch = size
+    kernels, settings, architecture = OURS[name]
+    made = session(kernels, "cuda", d, F, k, batch, 100_000, architecture, **({"auxk_alpha": 0.0} | settings))
+    if name.endswith("op by op"):
+        made.replay.reason = "asked for"
+    if "dead" in name:
+        from peers import dead_latents
+
+        dead_N = dead_latents(F).cuda()
+
+        def step(x_BD: object) -> None:
+            made.since_fired_F[dead_N] = 10**9
+            made.step(x_BD)
+
+        return step, made
+    return made.step, made
+
+
+def peer(name: str, autocast: bool, size: tuple[int, int, int, int]) -> Callable:
+    """A peer's step."""
+    import peers
+    import torch
+
+    d, F, k, batch = size
+    made = getattr(peers, name)(d, F, k, batch, False, device="cuda")
+
+    def step(x_BD: torch.Tensor) -> None:
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            made.step(x_BD)
+
+    return step
+
+
+def part_steps(size_name: str, names: list[str], until: float) -> None:
+    """Time some systems at a size; a system that does not fit gets half the batch, and its row says so."""
+    import torch
+    from gpu_checks import rows_of
+
+    d, F, k, batch = SIZES[size_name]
+    x = [rows_of(batch, d, "cuda", seed=seed) for seed in range(4)]
+    for name in names:
+        say(begin=name)
+        if time.time() > until:
+            say(row=name, failed="no time was left")
+            continue
+        fitting, row = batch, {}
+        while True:
+            step = made = None
+            try:
+                if name in OURS:
+                    step, made = ours(name, (d, F, k, fitting))
+                else:
+                    who, _, how = name.partition(", ")
+                    step = peer(who, how != "as shipped", (d, F, k, fitting))
+                torch.cuda.reset_peak_memory_stats()
+                row = time_steps(step, [rows[:fitting] for rows in x], until)
+                row |= {"batch": fitting, "GB": torch.cuda.max_memory_allocated() / 1e9}
+                replay = getattr(made, "replay", None)
+                if name in OURS:
+                    row |= {"graph": replay.reason or f"{replay.replayed} of its steps" if replay else "none", "cautions": made.cautions()}
+                    again = getattr(made.kernels, "again", None)  # rows of a batch that were settled in float32
+                    row |= {"r": getattr(made.kernels, "r", None), "again": None if again is None else int(again), "fvu": made.metrics()["fvu"]}
+            except torch.OutOfMemoryError:
+                row = {"failed": f"does not fit at a batch of {fitting}"}
+            except Exception as error:  # a peer that is absent, a kernel that does not compile
+                row = {"failed": short(error)}
+            step = made = replay = None
+            torch.cuda.empty_cache()
+            if "does not fit" not in row.get("failed", "") or fitting <= 1024 or time.time() > until:
+                break
+            fitting //= 2
+        say(row=name, **row)
+
+
+def part_kernels(size_name: str, until: float) -> None:
+    """Milliseconds of each kernel at a size, and of torch's products: where a step's time goes, and which tiles would do better."""
+    import torch
+    from gpu_checks import rows_of
+
+    from saehub_native.kernels.gpu import GpuKernels
+    from saehub_native.kernels.gpu_common import GROUP, SCORE_BYTES
+    from saehub_native.optim import Adam
+    from saehub_native.optim8 import Adam8
+
+    d, F, k, batch = SIZES[size_name]
+    rows = min(batch, SCORE_BYTES // (2 * F))
+    x_BD = rows_of(batch, d, "cuda")
+    W_FD = torch.nn.functional.normalize(torch.randn(F, d, device="cuda"), dim=1)
+    b_F, low_FD, low_BD = torch.zeros(F, device="cuda"), W_FD.bfloat16(), x_BD.bfloat16()
+    kernels = GpuKernels()
+    chunk_BD = x_BD[:rows]
+    scores_BF, maxima_BG = torch.empty(rows, F, device="cuda", dtype=torch.bfloat16), torch.empty(rows, -(-F // GROUP), device="cuda")
+
+    def measure(name: str, work: Callable[[], object], share: float) -> None:
+        """Of one batch: `share` is how much of it the work does."""
+        say(begin=name)
+        if time.time() > until:
+            say(row=name, failed="no time was left")
+            return
+        try:
+            for _ in range(2):
+                work()
+            times = []
+            for _ in range(7):
+                start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                start.record()
+                work()
+                stop.record()
+                torch.cuda.synchronize()
+                times.append(start.elapsed_time(stop))
+            say(row=name, median=statistics.median(times) / share)
+        except Exception as error:
+            say(row=name, failed=short(error))
+
+    share = rows / batch
+    measure("torch's bfloat16 product", lambda: torch.mm(low_BD[:rows], low_FD.t(), out=scores_BF), share)
+    for tiles in TILES:
+
+        def encode(tiles: tuple = tiles) -> None:
+            kernels.tiles = tiles
+            kernels.scores(chunk_BD, W_FD, b_F, False, out=(scores_BF, maxima_BG))
+
+        kernels.kind = "bfloat16"
+        measure(f"encode {'x'.join(map(str, tiles))}", encode, share)
+
+    def by_library() -> None:
+        kernels.kind = "library"
+        kernels.scores(chunk_BD, W_FD, b_F, False, out=(scores_BF, maxima_BG))
+
+    measure("torch's product, finish", by_library, share)
+    measure("threshold, gather, refine", lambda: kernels.candidates(chunk_BD, W_FD, b_F, k + kernels.r, scores_BF, maxima_BG), share)
+    measure("torch.topk of the scores", lambda: scores_BF.topk(k, dim=1), share)
+    measure("selection, whole", lambda: (setattr(kernels, "selections", 1), kernels.encode_select(x_BD, W_FD, b_F, k)), 1)
+    del scores_BF, maxima_BG
+    try:
+        values_BK, indices_BK = kernels.encode_select(x_BD, W_FD, b_F, k)
+    except Exception:  # it has its own row above
+        indices_BK, values_BK = torch.randint(F, (batch, k), device="cuda"), torch.rand(batch, k, device="cuda")
+    measure("reconstruct", lambda: kernels.reconstruct(x_BD.clone(), values_BK, indices_BK, W_FD, 1e-6), 1)
+    measure("group", lambda: kernels.group(indices_BK, F, values_BK), 1)
+    firing = kernels.group(indices_BK, F, values_BK)
+    measure("totals", lambda: kernels.latent_sums(firing, values_BK, torch.ones(batch, 1, device="cuda")), 1)
+    kernels.lazy = True
+    sums = kernels.latent_sums(firing, values_BK, x_BD)
+    measure("bound", lambda: kernels._square_bound(sums), 1)
+    measure("square", lambda: kernels._square(sums, W_FD, torch.ones((), device="cuda")), 1)
+    for name, make in (("update", Adam), ("update, 8 bits", Adam8)):
+        try:
+            adam = make({"W": W_FD})
+            measure(name, lambda adam=adam: adam.step({"W": sums}, 1e-4), 1)
+        except torch.OutOfMemoryError as error:
+            say(row=name, failed=short(error))
+        adam = None
+        torch.cuda.empty_cache()
+    measure("∂b_dec through the encoder (a mat-vec)", lambda: b_F @ W_FD, 1)
+
+
+def part_checks(names: list[str], until: float) -> None:
+    """Groups of checks on the device."""
+    import gpu_checks
+
+    for name in names:
+        say(begin=name)
+        if time.time() > until:
+            say(row=name, failed="no time was left")
+            continue
+        try:
+            for what, error, bound in getattr(gpu_checks, name)("cuda"):
+                say(check={"what": what, "error": error, "bound": bound, "ok": error <= bound})
+            say(row=name)
+        except Exception as error:
+            say(row=name, failed=short(error))
+
+
+# ---------------------------------------------------------------------- the parent
+def run_part(part: str, names: list[str], until: float, limit: float, heard: Callable[[dict], None]) -> None:
+    """Run a part's rows in a process; one that dies, or does not come back, costs its own row, and the rows after it run in the next process."""
+    left = list(names)
+    while left and time.time() < until:
+        current = left[0]
+        with tempfile.TemporaryFile("w+") as errors:
+            words = [sys.executable, __file__, "--part", part, "--rows", json.dumps(left), "--until", str(until)]
+            process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=errors, text=True)
+            lines: queue.Queue[str | None] = queue.Queue()
+
+            def read(process: subprocess.Popen = process, lines: queue.Queue = lines) -> None:
+                for line in process.stdout:
+                    lines.put(line)
+                lines.put(None)
+
+            threading.Thread(target=read, daemon=True).start()
+            why, last = "", time.time()
+            while True:
+                try:
+                    line = lines.get(timeout=1.0)
+                except queue.Empty:
+                    if time.time() - last > limit or time.time() > until + 5:
+                        why = f"no answer in {limit:.0f} seconds" if time.time() - last > limit else "no time was left"
+                        process.kill()
+                        break
+                    continue
+                if line is None:
+                    break
+                if not line.startswith(MARK):
+                    continue
+                last, message = time.time(), json.loads(line.removeprefix(MARK))
+                if "begin" in message:
+                    current = message["begin"]
+                else:
+                    heard(message)
+                    if "row" in message and message["row"] in left:
+                        left.remove(message["row"])
+            code = process.wait()
+            if left and (code or why):
+                errors.seek(0)
+                tail = [line.strip() for line in errors.read().splitlines() if line.strip()][-1:]
+                gone = current if current in left else left[0]
+                heard({"row": gone, "failed": f"its process ended: {why or f'exit code {code}'} {' '.join(tail)[:200]}".strip()})
+                left.remove(gone)
+            elif left:
+                return
+    for name in left:
+        heard({"row": name, "failed": "no time was left"})
+
+
+def device_report(report: dict, args: argparse.Namespace, started: float, write: Callable[[], None]) -> None:
+    """The whole run on a device, written after each row."""
+    end = started + 60 * args.minutes
+    report["checks"] = []
+
+    def check(message: dict) -> None:
+        if "check" in message:
+            row = message["check"]
+        elif "failed" in message:
+            row = {"what": f"{message['row']}: {message['failed']}", "error": float("inf"), "bound": 0.0, "ok": False}
+        else:
+            return
+        report["checks"].append(row)
+        print(f"{'ok  ' if row['ok'] else 'FAIL'}  {row['what']}: {row['error']:.2g} (at most {row['bound']:.2g})", flush=True)
+        write()
+
+    groups = ["selection", "rows", "updates", "training", "dead_latents", "batch_selection"]
+    run_part("checks", groups, end if args.check else started + 0.3 * (end - started), 120, check)
+    if args.check:
+        return
+    ends = {"A": started + 0.72 * (end - started), "B": end - 10}
+    for name, size in SIZES.items():
+        found = report[name] = {"size": dict(zip(("d", "latents", "k", "batch"), size, strict=True)), "steps": {}, "kernels": {}}
+        print(f"\n{found['size']}", flush=True)
+
+        def heard(message: dict, found: dict = found, kind: str = "steps") -> None:
+            row = {key: value for key, value in message.items() if key != "row"}
+            found[kind][message["row"]] = row
+            base = found["steps"].get("saehub gpu", {}).get("median")
+            if "median" in row:
+                each = SIZES["A"][3] / row.get("batch", SIZES["A"][3])
+                text = f"{row['median']:9.2f} ms" + (f" ({row['p10']:.2f} – {row['p90']:.2f}), {row['GB']:.0f} GB" if "GB" in row else "")
+                text += f", batch {row['batch']}" if each != 1 else ""
+                if kind == "steps" and base:
+                    row["times_ours"] = row["median"] * each / base
+                    text += f"   {row['times_ours']:.2f} × ours"
+            else:
+                text = row.get("failed", "")
+            print(f"  {message['row']:<56} {text}", flush=True)
+            write()
+
+        names = list(OURS)
+        run_part(f"steps:{name}", names[:2], ends[name], 100, heard)
+        for autocast in (True, False):
+            if not autocast:
+                run_part(f"steps:{name}", names[2:4], ends[name], 100, heard)
+            for who in PEERS:
+                run_part(f"steps:{name}", [f"{who}, {'bfloat16 autocast' if autocast else 'as shipped'}"], ends[name], 100, heard)
+        run_part(f"kernels:{name}", ["kernels"], ends[name], 60, lambda message, heard=heard: heard(message, kind="kernels"))
+        run_part(f"steps:{name}", names[4:], ends[name], 100, heard)
 
 
 def main() -> int:
     """Exit code 1 if a check fails."""
+    started = time.time()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="the checks alone")
     parser.add_argument("--compile", action="store_true", help="compile for compute capability 9.0 alone")
     parser.add_argument("--json", type=Path, help="also write a file")
-    parser.add_argument("--minutes", type=float, default=8.0, help="begin nothing after so many (default 8)")
+    parser.add_argument("--minutes", type=float, default=8.0, help="be done after so many (default 8)")
+    parser.add_argument("--only", help="these groups of checks (on a processor), or these kernels to compile, comma-separated")
+    for hidden in ("--part", "--rows", "--until"):
+        parser.add_argument(hidden, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.part:
+        kind, _, size = args.part.partition(":")
+        rows, until = json.loads(args.rows), float(args.until)
+        if kind == "checks":
+            part_checks(rows, until)
+        elif kind == "steps":
+            part_steps(size, rows, until)
+        else:
+            say(begin="kernels")
+            part_kernels(size, until)
+            say(row="kernels", failed="")
+        return 0
+
+    import torch
     import triton
 
-    until = time.monotonic() + 60 * args.minutes
     device = "cuda" if torch.cuda.is_available() else "cpu"
     card = torch.cuda.get_device_name() if device == "cuda" else "none"
-    report: dict = {"date": time.strftime("%Y-%m-%d"), "card": card, "torch": torch.__version__, "triton": triton.__version__}
-    print(json.dumps(report))
+    report: dict = {"date": time.strftime("%Y-%m-%d"), "card": card, "python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__}
+    report |= {"cuda": torch.version.cuda, "peers": versions(), "command": " ".join(["python", *(Path(sys.argv[0]).name, *sys.argv[1:])])}
+    print(json.dumps(report), flush=True)
+
+    def write() -> None:
+        if args.json:
+            report["seconds"] = round(time.time() - started)
+            args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
     if args.compile:
-        report["compiled"] = compile_all()
-        for row in report["compiled"]:
-            print(f"{row['kernel']:<12} {row['bytes']:>8} bytes of machine code, {row['shared']} bytes shared")
+        report["compiled"] = []
+        for row in compile_all(args.only.split(",") if args.only else None):
+            report["compiled"].append(row)
+            print(f"{row['kernel']:<20} {row.get('bytes', 0):>8} bytes of machine code, {row.get('shared', 0):>6} shared {row.get('failed', '')}", flush=True)
+    elif device == "cuda":
+        device_report(report, args, started, write)
     else:
-        if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        if os.environ.get("TRITON_INTERPRET") != "1":
             parser.error("there is no CUDA device: TRITON_INTERPRET=1 with --check, or --compile")
-        report["checks"] = [{"what": what, "error": error, "bound": bound, "ok": error <= bound} for what, error, bound in checks(device)]
-        for row in report["checks"]:
-            print(f"{'ok  ' if row['ok'] else 'FAIL'}  {row['what']}: {row['error']:.2g} (at most {row['bound']:.2g})")
-        if device == "cuda" and not args.check:
-            for name, size in SIZES.items():
-                report[name] = {"size": dict(zip(("d", "latents", "k", "batch"), size, strict=True)), "gemm_ms": gemm_ms(size, device)}
-                report[name]["steps"] = benchmark(size, device, until)
-                ours = report[name]["steps"].get("saehub gpu", {}).get("median")
-                print(f"\n{report[name]['size']}: the bfloat16 product alone takes {report[name]['gemm_ms']:.2f} ms")
-                for who, row in report[name]["steps"].items():
-                    times = f"{row['median']:8.2f} ms ({row['p10']:.2f} – {row['p90']:.2f})" if "median" in row else row["failed"]
-                    print(f"  {who:<40} {times}" + (f"   {row['median'] / ours:.2f} × ours" if ours and "median" in row else ""))
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    return int(any(not row["ok"] for row in report.get("checks", ())))
+        from gpu_checks import all_checks
+
+        report["checks"] = []
+        for what, error, bound in all_checks(device, args.only.split(",") if args.only else None):
+            report["checks"].append({"what": what, "error": error, "bound": bound, "ok": error <= bound})
+            print(f"{'ok  ' if error <= bound else 'FAIL'}  {what}: {error:.2g} (at most {bound:.2g})", flush=True)
+    write()
+    return int(any(not row["ok"] for row in report.get("checks", ())) or any("failed" in row for row in report.get("compiled", ())))
+
+
+def versions() -> dict[str, str]:
+    """Of the peers that are installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for distribution in PEERS.values():
+        try:
+            found[distribution] = version(distribution)
+        except PackageNotFoundError:
+            continue
+    return found
 
 
 if __name__ == "__main__":

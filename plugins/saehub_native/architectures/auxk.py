@@ -37,9 +37,13 @@ def add_auxk(
     Over the dead latents only: as dense matrices in chunks of rows, or, where k_aux is a small part of them and `kernels` has a companion,
     as the sparse step that it is. `signed`: the k_aux largest by |p|, no ReLU, [a ≠ 0].
     """
+    if alpha == 0:
+        return residual_BD.new_zeros(())
+    if kernels is not None and kernels.name == "gpu" and kernels.lazy:  # the same, where nobody waits to hear how many are dead
+        return kernels.add_auxk(grads, params, centred_BD, residual_BD, dead_F, k_aux, alpha, signed)
     dead_N = dead_F.nonzero().squeeze(1)
     n_dead = dead_N.numel()
-    if n_dead == 0 or alpha == 0:
+    if n_dead == 0:
         return residual_BD.new_zeros(())
     W_enc_ND, b_enc_N, W_dec_ND = params["W_enc"][dead_N], params["b_enc"][dead_N], params["W_dec"][dead_N]
     g_enc_ND, g_b_N, g_dec_ND = torch.zeros_like(W_enc_ND), torch.zeros_like(b_enc_N), torch.zeros_like(W_dec_ND)

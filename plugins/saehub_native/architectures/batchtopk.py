@@ -19,6 +19,8 @@ class BatchTopK(Sparse):
     their pre-activations, so that exactly k·N of them pass. (A running average of batch minima that starts at 0 needs thousands of steps.)
     """
 
+    static = False
+
     def select(self, params: Mapping[str, Tensor], centred_BD: Tensor, k: int) -> tuple[Tensor, Tensor]:
         return self.kernels.encode_select_batch(centred_BD, params["W_enc"], params["b_enc"], k)
 

@@ -30,6 +30,8 @@ class Sparse(Base):
     config: SparseConfig
     rule: ClassVar[Rule] = "top"
     """How `encode_select` chooses."""
+    static = True
+    """Whether every step has the same shapes."""
 
     def k(self, step: int | None) -> int:
         """k, or on the way down to it: k_start + (k − k_start) · step / (k_anneal · steps), rounded."""
@@ -63,8 +65,12 @@ class Sparse(Base):
         loss = loss + add_bias_push(grads, params, dead_F, config.revive)
 
         alive_BK = values_BK != 0
-        fired_F = torch.zeros(params["b_enc"].shape[0], dtype=torch.bool, device=x_BD.device)
-        fired_F[indices_BK[alive_BK]] = True
+        n_latents = params["b_enc"].shape[0]
+        if self.kernels.name == "gpu":
+            fired_F = self.kernels.fired(indices_BK, alive_BK, n_latents)
+        else:
+            fired_F = torch.zeros(n_latents, dtype=torch.bool, device=x_BD.device)
+            fired_F[indices_BK[alive_BK]] = True
         extra = {"k": float(k)} if config.k_anneal else {}
         return StepResult(grads, loss, squared_error, alive_BK.sum() / n_rows, fired_F, residual_BD, extra)
 

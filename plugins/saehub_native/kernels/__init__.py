@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from saehub_native.kernels.lazy import RowSums
 
 CHOICE = "SAEHUB_KERNELS"
-"""Environment variable: `reference`, or `cpu`, `cpu:int8`, `cpu:bfloat16`, `cpu:float32`, or `gpu`, in place of what the machine suggests."""
+"""Environment variable: `reference`, or `cpu`, `cpu:int8`, `cpu:bfloat16`, `cpu:float32`, or `gpu`,
+`gpu:bfloat16`, `gpu:library`, `gpu:float32`, in place of what the machine suggests."""
 
 
 Rule = Literal["top", "abs", "group"]
@@ -116,7 +117,8 @@ def pick(device: str, name: str | None = None) -> Kernels:
         there.append("gpu")  # last: it is not chosen by itself before it was measured on a GPU
     chosen = name or os.environ.get(CHOICE) or there[0]
     base, _, kind = chosen.partition(":")
-    if base not in there or kind not in ("", *(("int8", "bfloat16", "float32") if base == "cpu" else ())):
+    kinds = {"cpu": ("int8", "bfloat16", "float32"), "gpu": ("bfloat16", "library", "float32")}.get(base, ())
+    if base not in there or kind not in ("", *kinds):
         whose = "this training was begun with" if name else f"{CHOICE} asks for"
         raise StageFailed(
             f"{whose} the kernels {chosen!r}, which are not there",
@@ -128,7 +130,7 @@ def pick(device: str, name: str | None = None) -> Kernels:
     if base == "gpu":
         from saehub_native.kernels.gpu import GpuKernels
 
-        return GpuKernels()
+        return GpuKernels(kind or None)
     if base == "cpu":
         from saehub_native.kernels.cpu import CpuKernels
 

@@ -34,8 +34,9 @@ class RowSums:
         self.extra: tuple[Tensor, Tensor] | None = None
         self.sphere = False
         """Whether the weight's rows have norm 1: the component along a row is taken out of its gradient, the row renormalised after the step."""
-        self.factor = 1.0
+        self.factor: float | Tensor = 1.0
         """What clipping multiplies it with."""
+        self._slots_F: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -48,8 +49,16 @@ class RowSums:
         self.extra = rows_N, values_ND.contiguous()
         return self
 
+    def place_rows(self, slots_F: Tensor, values_ND: Tensor) -> None:
+        """As `index_add_`, where only the device knows how many rows there are: `slots_F` as `slots_F()` returns it."""
+        if self.extra is not None:
+            raise ValueError("one set of dense rows can be added to a gradient, along its rows")
+        self.extra, self._slots_F = (slots_F, values_ND), slots_F
+
     def slots_F(self) -> Tensor:
         """int32 [F]: which dense row belongs to a latent, or −1."""
+        if self._slots_F is not None:
+            return self._slots_F
         device = self.parts[0].source_BD.device
         slots_F = torch.full((self.shape[0],), -1, dtype=torch.int32, device=device)
         if self.extra is not None:
