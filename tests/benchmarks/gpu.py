@@ -45,7 +45,8 @@ OURS = {  # name: kernels, settings, architecture
 }
 MARK = "@@ "
 WARM, TIMED, SECONDS = 6, 30, 8.0  # steps that are not counted; at most so many that are, in at most so many seconds
-TILES = ((128, 128, 64, 8, 3), (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (256, 128, 64, 8, 3), (128, 128, 64, 4, 4), (128, 256, 32, 8, 4))
+SMALL = ("k", "wanted", "capacity", "count_ptr", "scale_ptr", "numbers_ptr", "prefix_ptr")  # arguments that need not be multiples of 16
+TILES = ((128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (128, 256, 64, 8, 4), (256, 128, 64, 8, 3), (128, 128, 64, 4, 4), (128, 256, 32, 8, 4))
 
 
 def say(**row: object) -> None:
@@ -69,6 +70,7 @@ def compile_all(only: list[str] | None = None, capability: int = 90) -> Iterator
     from triton.compiler import ASTSource, compile
 
     from saehub_native.kernels import gpu_dead, triton_batch, triton_dead, triton_encode, triton_latents
+    from saehub_native.kernels.gpu import SMALL_TILES
     from saehub_native.kernels.gpu import TILES as CHOSEN
     from saehub_native.kernels.gpu_common import warps_for
 
@@ -82,7 +84,7 @@ def compile_all(only: list[str] | None = None, capability: int = 90) -> Iterator
     listed = {"rows_ptr": i, "count_ptr": i, "list_ptr": i, "x_ptr": f, "b_ptr": f, "out_ptr": f}
     BM, BN, BK, warps, stages = gpu_dead.TILE
     dead, dead_options = dict(PRECISION="tf32", BM=BM, BN=BN, BK=BK), dict(num_warps=warps, num_stages=stages)
-    tiles = [CHOSEN, *(tile for tile in TILES if tile != CHOSEN)]
+    tiles = [CHOSEN, SMALL_TILES, *(tile for tile in TILES if tile != CHOSEN)]
     plan: list[tuple] = [
         *((e.encode, encode, dict(UPCAST=False, BY_SIZE=False, GROUP=16, BM=t[0], BN=t[1], BK=t[2]), dict(num_warps=t[3], num_stages=t[4])) for t in tiles),
         (e.encode, encode, dict(UPCAST=False, BY_SIZE=True, GROUP=16, BM=CHOSEN[0], BN=CHOSEN[1], BK=CHOSEN[2]), dict(num_warps=CHOSEN[3], num_stages=CHOSEN[4])),
@@ -106,14 +108,16 @@ def compile_all(only: list[str] | None = None, capability: int = 90) -> Iterator
     ]  # fmt: skip
     for kernel, signature, constants, options in plan:
         types = {name: "constexpr" if name in constants else (floats | signature).get(name) or shape[name] for name in kernel.arg_names}
-        name = kernel.__module__.rpartition("_")[2] + "." + kernel.__name__
-        if only and name not in only:
+        which = kernel.__module__.rpartition("_")[2] + "." + kernel.__name__
+        if only and which not in only:
             continue
         try:
-            made = compile(ASTSource(fn=kernel, signature=types, constexprs=constants), target=GPUTarget("cuda", capability, 32), options=options)
-            yield {"kernel": name, "constants": constants, "options": options, "bytes": len(made.asm["cubin"]), "shared": made.metadata.shared}
+            # What a launch says of its arguments: pointers and sizes are multiples of 16, so that loads are wide and can be pipelined.
+            attributes = {(at,): [["tt.divisibility", 16]] for at, name in enumerate(kernel.arg_names) if types[name] not in ("constexpr", "fp32") and name not in SMALL}
+            made = compile(ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=attributes), target=GPUTarget("cuda", capability, 32), options=options)
+            yield {"kernel": which, "constants": constants, "options": options, "bytes": len(made.asm["cubin"]), "shared": made.metadata.shared}
         except Exception as error:
-            yield {"kernel": name, "constants": constants, "options": options, "failed": short(error)}
+            yield {"kernel": which, "constants": constants, "options": options, "failed": short(error)}
 
 
 # ---------------------------------------------------------------------- parts, each in a process of its own on a device

@@ -41,13 +41,21 @@ AUDIT_EVERY, AUDIT_ROWS = 100, 8
 TINY = 1e-12
 KINDS = ("bfloat16", "library", "float32")
 """What ranks: our bfloat16 product, torch's bfloat16 product and our epilogue, or torch's float32 product and our epilogue."""
-TILES = (128, 128, 64, 8, 3)
-"""Of the bfloat16 product: rows, latents and inputs of a tile; warps; stages."""
+TILES, SMALL_TILES = (128, 256, 64, 8, 3), (64, 128, 32, 4, 3)
+"""Of the bfloat16 product: rows, latents and inputs of a tile; warps; stages. The first takes 144 KiB of shared memory, the second 36."""
 
 
 def best_kind() -> str:
     """What ranks on this device, by what it can do."""
     return "bfloat16" if not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+
+
+def best_tiles() -> tuple[int, int, int, int, int]:
+    """The larger tiles where a block can have so much shared memory."""
+    if not torch.cuda.is_available():
+        return TILES
+    there = getattr(torch.cuda.get_device_properties(torch.cuda.current_device()), "shared_memory_per_block_optin", 0)
+    return TILES if there >= 160 << 10 else SMALL_TILES
 
 
 class GpuKernels(BatchChoice, DeadLatents, ReferenceKernels):
@@ -61,7 +69,7 @@ class GpuKernels(BatchChoice, DeadLatents, ReferenceKernels):
 
         self.encoding, self.on_latents, self.on_batch, self.on_dead = triton_encode, triton_latents, triton_batch, triton_dead
         self.interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-        self.kind, self.tiles = kind or best_kind(), TILES
+        self.kind, self.tiles = kind or best_kind(), best_tiles()
         self.r, self.selections, self.audited, self.missed = R_START, 0, 0, 0
         self.again: Tensor | None = None
         """0-dimensional, on the device: rows of the last selection that were taken from a float32 product."""
