@@ -76,7 +76,7 @@ def compile_all(only: list[str] | None = None, capability: int = 90) -> Iterator
 
     e, l, a = triton_encode, triton_latents, triton_dead
     f, i, q, h, u = "*fp32", "*i32", "*i64", "*bf16", "*u8"
-    shape = dict.fromkeys(("n_rows", "n_latents", "d", "k", "n_groups", "wanted", "capacity", "first", "stride", "n"), "i32")
+    shape = dict.fromkeys(("n_rows", "n_latents", "d", "k", "n_groups", "wanted", "capacity", "first", "room", "stride", "n"), "i32")
     encode = {"x_ptr": h, "W_ptr": h, "b_ptr": f, "scores_ptr": h, "maxima_ptr": f}
     pairs = {"offsets_ptr": q, "counts_ptr": q, "rows_ptr": q, "order_ptr": q, "weights_ptr": f, "source_ptr": f, "slots_ptr": i, "extra_ptr": f}
     floats = dict.fromkeys(("numbers_ptr", "W_ptr", "m_scale_ptr", "v_scale_ptr", "norms_ptr", "residual_ptr", "scale_ptr", "grad_ptr", "error_ptr", "acts_ptr", "a_ptr", "sums_ptr", "p_ptr"), f)
@@ -388,10 +388,10 @@ def device_report(report: dict, args: argparse.Namespace, started: float, write:
         write()
 
     groups = ["selection", "rows", "updates", "training", "dead_latents", "batch_selection"]
-    run_part("checks", groups, end if args.check else started + 0.3 * (end - started), 120, check)
+    run_part("checks", groups, end if args.check else started + 0.25 * (end - started), 100, check)
     if args.check:
         return
-    ends = {"A": started + 0.72 * (end - started), "B": end - 10}
+    ends = {"A": started + 0.66 * (end - started), "B": end - 10}
     for name, size in SIZES.items():
         found = report[name] = {"size": dict(zip(("d", "latents", "k", "batch"), size, strict=True)), "steps": {}, "kernels": {}}
         print(f"\n{found['size']}", flush=True)
@@ -413,14 +413,16 @@ def device_report(report: dict, args: argparse.Namespace, started: float, write:
             write()
 
         names = list(OURS)
-        run_part(f"steps:{name}", names[:2], ends[name], 100, heard)
-        for autocast in (True, False):
-            if not autocast:
-                run_part(f"steps:{name}", names[2:4], ends[name], 100, heard)
-            for who in PEERS:
-                run_part(f"steps:{name}", [f"{who}, {'bfloat16 autocast' if autocast else 'as shipped'}"], ends[name], 100, heard)
-        run_part(f"kernels:{name}", ["kernels"], ends[name], 60, lambda message, heard=heard: heard(message, kind="kernels"))
-        run_part(f"steps:{name}", names[4:], ends[name], 100, heard)
+        rows = {autocast: [f"{who}, {'bfloat16 autocast' if autocast else 'as shipped'}" for who in PEERS] for autocast in (True, False)}
+        steps, until = f"steps:{name}", ends[name]
+        run_part(steps, names[:2], until, 100, heard)
+        for row in rows[True]:
+            run_part(steps, [row], until, 100, heard)
+        run_part(f"kernels:{name}", ["kernels"], until, 60, lambda message, heard=heard: heard(message, kind="kernels"))
+        run_part(steps, names[2:4], until, 100, heard)
+        for row in rows[False]:
+            run_part(steps, [row], until, 100, heard)
+        run_part(steps, names[4:], until, 100, heard)
 
 
 def main() -> int:

@@ -221,11 +221,12 @@ def dead_latents(device: str) -> Iterator[Check]:
 
     s = setting(device)
     n, d, F = (20, 24, 80) if s.small else (512, 520, 6000)
-    k_aux, alpha, kept = (5 if s.small else 64), 1 / 32, (module.SCORE_BYTES, module.LEAST_ROWS)
+    k_aux, alpha, kept = (5 if s.small else 64), 1 / 32, (module.SCORE_BYTES, module.LEAST_ROWS, module.PROGRAMS)
     draw = torch.Generator().manual_seed(2)
     x_BD, e_BD = torch.randn(n, d, generator=draw).to(device), torch.randn(n, d, generator=draw).to(device)
     params = {"W_enc": torch.randn(F, d, generator=draw).to(device), "b_enc": torch.randn(F, generator=draw).to(device), "W_dec": torch.randn(F, d, generator=draw).to(device)}
-    module.SCORE_BYTES, module.LEAST_ROWS = 1, 8 if s.small else 64  # several chunks of rows, the last one not full
+    # several chunks of rows, the last one not full, and programs with several tiles each
+    module.SCORE_BYTES, module.LEAST_ROWS, module.PROGRAMS = 1, 8 if s.small else 64, 2
     # TF32 operands on a device: 2⁻¹¹ each; a latent at the edge of the choice may change sides there
     bound = 2e-6 if device == "cpu" else 3e-2
     try:
@@ -249,7 +250,7 @@ def dead_latents(device: str) -> Iterator[Check]:
                 else:
                     yield f"{word}: {name}", float(found.abs().sum()), 0.0
     finally:
-        module.SCORE_BYTES, module.LEAST_ROWS = kept
+        module.SCORE_BYTES, module.LEAST_ROWS, module.PROGRAMS = kept
 
 
 def session(kernels: str, device: str, d: int, n_latents: int, k: int, batch: int, steps: int, architecture: str = "topk", calibration: int = 4096, **settings: object):

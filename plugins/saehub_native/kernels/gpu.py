@@ -155,9 +155,7 @@ class GpuKernels(BatchChoice, DeadLatents, ReferenceKernels):
         BM, BN, BK = (16, 64, 32) if not self.interpreted else (16, 128, 128)
         block = 1024
         for first in range(0, n_rows, room):
-            e.exact[(-(-min(room, n_rows - first) // BM), -(-n_latents // BN))](
-                x_BD, W_FD, b_F, rows_B, count, spent, first, n_latents, d, BM=BM, BN=BN, BK=BK
-            )
+            e.exact[(2, -(-n_latents // BN))](x_BD, W_FD, b_F, rows_B, count, spent, first, room, n_latents, d, BM=BM, BN=BN, BK=BK)
             e.choose[(min(room, n_rows - first),)](
                 spent, rows_B, count, values_BK, indices_BK, first, n_latents, k, BY_SIZE=by_size, BLOCK=block
             )

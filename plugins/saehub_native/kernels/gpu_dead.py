@@ -13,6 +13,8 @@ from saehub_native.kernels.lazy import RowSums
 
 TILE = (128, 128, 32, 8, 3)
 """Rows, columns and depth of a product's tile; warps; stages."""
+PROGRAMS = 64
+"""Along the dead latents."""
 LEAST_ROWS = 64
 """Of a chunk, however many latents there are."""
 
@@ -52,20 +54,21 @@ class DeadLatents:
         acts, grad, k = held["acts"], held["grad"], self.on_dead
         BM, BN, BK, warps, stages = (16, 32, 32, 4, 1) if self.interpreted else TILE
         tile: dict[str, Any] = {"BM": BM, "BN": BN, "BK": BK, "num_warps": warps, "num_stages": stages, "PRECISION": self.precision}
-        tiles = lambda rows, columns: (-(-rows // BM), -(-columns // BN))  # noqa: E731
+        up = lambda n, size: -(-n // size)  # noqa: E731
+        wide = min(up(n_latents, BN), PROGRAMS)  # programs along the dead latents, however many there are
         errors = []
         for at in range(0, n_rows, chunk):
             x_cD, e_cD = centred_BD[at : at + chunk].contiguous(), residual_BD[at : at + chunk].contiguous()
             n, first = len(x_cD), at == 0
-            k.scores[tiles(n, n_latents)](
+            k.scores[(up(n, BM), wide)](
                 x_cD, W_enc_FD, b_enc_F, list_F, count, acts, n, n_latents, d_in, MODE=k.SIGNED if signed else k.RELU, **tile
             )
             k.keep[(n,)](acts, count, n_latents, k_aux, BLOCK=1024)
-            errors.append(torch.empty(tiles(n, d_out), device=x_cD.device))
-            k.miss[tiles(n, d_out)](acts, W_dec_FD, e_cD, list_F, count, scale, grad, errors[-1], n, n_latents, d_out, **tile)
-            k.gradients[tiles(n_latents, d_out)](acts, grad, count, held["dec"], held["unused"], n, n_latents, d_out, FIRST=first, **tile)
-            k.scores[tiles(n, n_latents)](grad, W_dec_FD, b_enc_F, list_F, count, acts, n, n_latents, d_out, MODE=k.MASK, **tile)
-            k.gradients[tiles(n_latents, d_in)](acts, x_cD, count, held["enc"], held["b"], n, n_latents, d_in, FIRST=first, **tile)
+            errors.append(torch.empty(up(n, BM), up(d_out, BN), device=x_cD.device))
+            k.miss[(up(n, BM), up(d_out, BN))](acts, W_dec_FD, e_cD, list_F, count, scale, grad, errors[-1], n, n_latents, d_out, **tile)
+            k.gradients[(wide, up(d_out, BN))](acts, grad, count, held["dec"], held["unused"], n, n_latents, d_out, FIRST=first, **tile)
+            k.scores[(up(n, BM), wide)](grad, W_dec_FD, b_enc_F, list_F, count, acts, n, n_latents, d_out, MODE=k.MASK, **tile)
+            k.gradients[(wide, up(d_in, BN))](acts, x_cD, count, held["enc"], held["b"], n, n_latents, d_in, FIRST=first, **tile)
         grads["W_enc"].place_rows(slots_F, held["enc"])
         grads["W_dec"].place_rows(slots_F, held["dec"])
         grads["b_enc"] = grads["b_enc"] + torch.where(dead_F, held["b"][slots_F.clamp_min(0).long()], 0.0)

@@ -9,7 +9,7 @@ Over the latents `list[:count]`, for a chunk of rows at a time (equations as in 
     scores        a ← (G W_decᵀ)·[a ≠ 0] = δ
     gradients     ∂W_enc (+)= δᵀ x',   ∂b_enc (+)= Σ_b δ_b
 
-`count` is read on the device: programs beyond it end at once, so a launch has the same shape whatever is dead.
+`count` is read on the device: a program takes every so many tiles of dead latents, so that a launch has the same shape whatever is dead.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ def scores(
 ):  # fmt: skip
     """a [n_rows, d] · W[list]ᵀ into acts [n_rows, stride]: + b and a ReLU (0), + b (1), or times [acts ≠ 0] (2)."""
     count = tl.load(count_ptr)
-    if tl.program_id(1) * BN < count:
+    for tile in range(tl.program_id(1), tl.cdiv(count, BN), tl.num_programs(1)):
         rows = tl.program_id(0) * BM + tl.arange(0, BM)
-        places = tl.program_id(1) * BN + tl.arange(0, BN)
+        places = tile * BN + tl.arange(0, BN)
         in_rows, live = rows < n_rows, places < count
         latents = tl.load(list_ptr + places, mask=live, other=0).to(tl.int64)
         sums = tl.zeros((BM, BN), tl.float32)
@@ -105,8 +105,8 @@ def gradients(
 ):  # fmt: skip
     """out [N, d] = aᵀ source (+ what it held, unless FIRST), and sums [N] = Σ_b a_b likewise; BM latents and BN columns a program."""
     count = tl.load(count_ptr)
-    if tl.program_id(0) * BM < count:
-        places = tl.program_id(0) * BM + tl.arange(0, BM)
+    for tile in range(tl.program_id(0), tl.cdiv(count, BM), tl.num_programs(0)):
+        places = tile * BM + tl.arange(0, BM)
         columns = tl.program_id(1) * BN + tl.arange(0, BN)
         live, in_columns = places < count, columns < d
         sums = tl.zeros((BM, BN), tl.float32)

@@ -122,14 +122,14 @@ def refine(x_ptr, W_ptr, b_ptr, indices_ptr, counts_ptr, values_ptr, d, capacity
 # ---------------------------------------------------------------------- rows that the candidates do not settle
 @triton.jit
 def exact(
-    x_ptr, W_ptr, b_ptr, rows_ptr, count_ptr, out_ptr, first, n_latents, d, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
+    x_ptr, W_ptr, b_ptr, rows_ptr, count_ptr, out_ptr, first, room, n_latents, d, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
 ):
-    """float32 [slots, n_latents]: p of the rows `rows[first + slot]`, for the slots below `count`; the other programs end at once."""
-    count = tl.load(count_ptr)
-    begin = tl.program_id(0) * BM
-    if first + begin < count:
-        slots = begin + tl.arange(0, BM)
-        live = first + slots < count
+    """float32 [room, n_latents]: p of the rows `rows[first + slot]`, for the slots below `count`; a program takes every so many tiles of rows,
+    and ends at once where there are none."""
+    slots_used = tl.minimum(tl.load(count_ptr) - first, room)
+    for tile in range(tl.program_id(0), tl.cdiv(slots_used, BM), tl.num_programs(0)):
+        slots = tile * BM + tl.arange(0, BM)
+        live = slots < slots_used
         rows = tl.load(rows_ptr + first + slots, mask=live, other=0).to(tl.int64)
         latents = tl.program_id(1) * BN + tl.arange(0, BN)
         inside = latents < n_latents
