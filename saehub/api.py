@@ -432,7 +432,8 @@ class Exporter(Protocol):
     """A codec for another library's checkpoint folder.
 
     `sniff`, `read` and `write` run in saehub's own process and must not import the library; `run` runs in the plugin's worker. An optional
-    `refusal(sae) -> str | None` says why an SAE cannot be written, before any work.
+    `refusal(sae) -> str | None` says why an SAE cannot be written, before any work. An optional `files` names the files of a folder, so
+    that one which lacks some is told which.
     """
 
     def __init__(self, config: Any): ...

@@ -65,7 +65,9 @@ class StageFailed(SaehubError):
 
 
 class FormatError(SaehubError):
-    """A file that is not what it says: a truncated tensor, a wrong shape, an unknown version (exit code 4)."""
+    """A file that is not what it says: a truncated tensor, a wrong shape, an unknown version (exit code 1; in a stage of a run, 4)."""
+
+    exit_code = 1
 
 
 class NeedsInput(SaehubError):

@@ -26,6 +26,8 @@ SHOWN = 30
 class DictionaryLearningFormat:
     """The exporter `dictionary_learning`: one trainer's folder, or a file `checkpoints/ae_<step>.pt` in it."""
 
+    files = (CONFIG, WEIGHTS)
+
     def __init__(self, config: Any = None):
         self.config = config
 

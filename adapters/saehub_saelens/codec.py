@@ -24,6 +24,8 @@ MAX_CONFIG_BYTES = 64 * 2**20
 class SAELensFormat:
     """The exporter `saelens`."""
 
+    files = (CONFIG, WEIGHTS)
+
     def __init__(self, config: Any = None):
         self.config = config
 

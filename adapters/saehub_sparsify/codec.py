@@ -25,6 +25,8 @@ SHOWN = 30
 class SparsifyFormat:
     """The exporter `sparsify`: one hookpoint's folder, or a run's folder that holds a single one."""
 
+    files = (CONFIG, WEIGHTS)
+
     def __init__(self, config: Any = None):
         self.config = config
 

@@ -63,6 +63,8 @@ class Certificate:
     """What the target cannot carry, not even beside."""
     side_channel: list[str] = field(default_factory=list)
     """What only the target's side channel carries."""
+    cautions: list[str] = field(default_factory=list)
+    """What to know of the source: that an earlier certificate of its own no longer holds."""
     original: str | None = None
     """Folder with the source's own tensors (`--keep-original`)."""
     criteria: dict[str, float] = field(

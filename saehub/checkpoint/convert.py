@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saehub.checkpoint.certificate import ACTIVE_SHARE, BY_EQUATION, BY_LIBRARY, FILE, INCONCLUSIVE, LOSSY, REFUSED, UNVERIFIED, Certificate
-from saehub.errors import CheckFailed, FormatError, SaehubError, UsageError
+from saehub.errors import Caution, CheckFailed, FormatError, SaehubError, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,21 +61,24 @@ def convert(
     unknown format or an existing `dst`; MissingDependency where a library that must run is not installed.
     """
     from saehub.checkpoint.inputs import open_model
-    from saehub.checkpoint.load import _unknown, codec, find_format, locate, record_origin
-    from saehub.checkpoint.written import lost_sites, mistakes
+    from saehub.checkpoint.load import codec, locate, read, record_origin
+    from saehub.checkpoint.written import lost_sites, mistakes, stale
 
     path, origin = locate(src)
     dst = Path(dst)
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         raise UsageError(f"{dst} exists and is not empty", fix="choose another folder, or remove it")
-    name = from_ or find_format(path)
-    if name is None:
-        raise _unknown(path)
-    source, target = _Side(path, *codec(name)), _Side(dst, *codec(to))
-    source.sae = _kept_original(path, source) or source.codec.read(path)
+    target = _Side(dst, *codec(to))
+    found, *how = read(path, from_)
+    source = _Side(path, *how)
+    source.sae = _kept_original(path, found) or found
     if origin:
         record_origin(source.sae, origin)
     certificate = Certificate("", source.about(src), target.about(dst))
+    changed = stale(path, found, certificate.source["tensors_hash"]) if source.sae is found else None
+    if changed:
+        certificate.cautions.append(changed)
+        warnings.warn(Caution(f"{src}: {changed}, so nothing vouches for what is converted now (saehub verify {src})"), stacklevel=2)
     reason = getattr(target.codec, "refusal", lambda sae: None)(source.sae)
     if reason:
         raise _refused(certificate, reason, source.sae, but=target.name)
@@ -254,14 +258,14 @@ def _refused(certificate: Certificate, reason: str, sae: SAE, *, but: str) -> Re
     return Refused(f"{but} cannot say this SAE", certificate, why=reason, fix=f"formats that can: {', '.join(can)}")
 
 
-def _kept_original(path: Path, side: _Side) -> SAE | None:
+def _kept_original(path: Path, found: SAE) -> SAE | None:
     """The source tensors that an earlier `--keep-original` put beside, if the folder is still what that conversion wrote."""
     from saehub.checkpoint import format as v1
     from saehub.checkpoint.written import drift
 
     if not v1.is_checkpoint(path / ORIGINAL) or not (path / FILE).is_file():
         return None
-    other = drift(Certificate.read(path / FILE).target, side.codec.read(path))
+    other = drift(Certificate.read(path / FILE).target, found)
     if other:
         raise FormatError(
             f"{path} was changed after its conversion, but {ORIGINAL}/ beside it was not",

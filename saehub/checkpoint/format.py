@@ -214,6 +214,26 @@ def read_tensors(file: Path, expected: Mapping[str, Mapping[str, Any]] | None = 
         ) from error
 
 
+def damage(path: str | Path, header: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the files beside a header as far as their own headers and lengths say (no tensor is read); empty if nothing."""
+    from safetensors import SafetensorError, safe_open
+
+    path, found = Path(path), []
+    for name, expected in ((WEIGHTS, header["tensors"]), (PROBE, None)) if header["probe"] else ((WEIGHTS, header["tensors"]),):
+        file = path / name
+        try:
+            if not file.is_file():
+                raise FormatError(f"{file} does not exist")
+            with safe_open(file, framework="pt", device="cpu") as stream:
+                if expected is not None:
+                    _compare(file, {tensor: stream.get_slice(tensor) for tensor in stream.keys()}, expected)  # noqa: SIM118
+        except FormatError as error:
+            found.append(error.what + (f" ({error.why})" if error.why else ""))
+        except (SafetensorError, OSError, ValueError) as error:
+            found.append(f"{file} is cut short or damaged ({file.stat().st_size} bytes; {type(error).__name__}: {error})")
+    return found
+
+
 def _compare(file: Path, slices: Mapping[str, Any], expected: Mapping[str, Mapping[str, Any]]) -> None:
     missing, extra = [n for n in expected if n not in slices], [n for n in slices if n not in expected]
     if missing or extra:

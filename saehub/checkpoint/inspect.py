@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from saehub.checkpoint.load import NATIVE, codec, find_format, locate
+from saehub.checkpoint.load import NATIVE, codec, find_format, locate, unknown
 
 WANTED = {
     "site": "which tensor of the model it reads",
@@ -20,20 +20,20 @@ WANTED = {
 def inspect(source: str | Path) -> dict[str, Any]:
     """Architecture, equation, sizes, tensors, site, provenance, and under `missing` what the checkpoint does not say.
 
-    FormatError: damaged, or in no known format. Any known format; the tensors of the hub's own are not read, only their header.
+    FormatError: damaged, or in no known format. Any known format; the tensors of the hub's own are not read, only compared with their
+    header: `damaged` says what is not as it was saved. (`verify` reads them.)
     """
     from saehub.checkpoint import format as v1
-    from saehub.checkpoint.load import _unknown
 
     path, origin = locate(source)
-    name = find_format(path)
+    name, damaged = find_format(path), []
     if name is None:
-        raise _unknown(path)
+        raise unknown(path)
     if name == NATIVE:
         header = v1.read_header(path)
         config, provenance = v1.read_config(path, header), dict(header.get("provenance") or {})
         entries = {tensor: {"dtype": e["dtype"], "shape": e["shape"]} for tensor, e in header["tensors"].items()}
-        identity, probe = header["tensors_hash"], header["probe"]
+        identity, probe, damaged = header["tensors_hash"], header["probe"], v1.damage(path, header)
     else:
         sae = codec(name)[1].read(path)
         config, provenance, probe = sae.config, sae.provenance, None
@@ -43,7 +43,7 @@ def inspect(source: str | Path) -> dict[str, Any]:
     files = [path] if path.is_file() else [file for file in path.iterdir() if file.is_file()]  # some formats keep several SAEs in a folder
     found |= {"tensors": entries, "tensors_hash": identity, "bytes": sum(file.stat().st_size for file in files)}
     found["probe"] = {"rows": probe["rows"], "tokens": probe.get("tokens", False)} if probe else None
-    found |= {"provenance": provenance, "missing": _missing(provenance, probe, config.kind)}
+    found |= {"provenance": provenance, "missing": _missing(provenance, probe, config.kind), "damaged": damaged}
     return found | ({"hub": origin} if origin else {})
 
 

@@ -15,8 +15,14 @@ NATIVE = "saehub"
 """The name of the hub's own format among the exporters'."""
 
 
+ANYBODYS = {"config.json"}
+"""Names that tell no format: a language model's folder has one, too."""
+
+
 class NativeFormat:
     """Checkpoint format v1 as an exporter: what `convert` uses where one side is the hub's own."""
+
+    files = ("saehub.json", "sae.safetensors")
 
     def __init__(self, config: Any = None):
         self.config = config
@@ -117,14 +123,32 @@ def load(source: str | Path, *, format: str | None = None, revision: str | None 
     FormatError: the folder is not any known format, or is damaged. UsageError: nothing is there, or the hub is out of reach.
     """
     path, origin = locate(source, revision=revision)
-    name = format or find_format(path)
-    if name is None:
-        raise _unknown(path)
-    _, instance, _ = codec(name)
-    sae = instance.read(path)
+    sae, *_ = read(path, format)
     if origin:
         record_origin(sae, origin)
     return sae.to(device) if device != "cpu" else sae
+
+
+def read(path: Path, asked: str | None = None) -> tuple[SAE, str, Exporter, Any]:
+    """The SAE in a local folder, and the address, instance and registration of its format: `asked`, or what its files say.
+
+    FormatError: damaged, or in no known format. UsageError: it is another format than the one asked for.
+    """
+    name = asked or find_format(path)
+    if name is None:
+        raise unknown(path)
+    address, instance, registered = codec(name)
+    try:
+        return instance.read(path), address, instance, registered
+    except FormatError as error:
+        other = find_format(path) if asked else None
+        if other in (None, address):
+            raise
+        raise UsageError(
+            f"{path} is not in the format {asked!r} that was asked for",
+            why=f"its files are those of {other}; as {address}: {error.what}",
+            fix=f"leave the format (--from) out, or name {other}",
+        ) from error
 
 
 def record_origin(sae: SAE, origin: dict[str, Any]) -> None:
@@ -133,17 +157,42 @@ def record_origin(sae: SAE, origin: dict[str, Any]) -> None:
     sae.provenance["hub"] = origin | ({"upstream": earlier} if earlier and earlier != origin else {})
 
 
-def _unknown(path: Path) -> FormatError:
-    if path.is_dir():
-        names = sorted(entry.name + ("/" if entry.is_dir() else "") for entry in path.iterdir())
-        why = f"it holds {', '.join(names[:12]) or 'nothing'}" + (" …" if len(names) > 12 else "")
-        inside = [entry for entry in sorted(path.iterdir()) if entry.is_dir() and find_format(entry)][:5]
-        if inside:
-            return FormatError(
-                f"{path} is not a checkpoint itself", why=why, fix=f"name one of those inside it: {', '.join(map(str, inside))}"
-            )
-    else:
-        why = "it is a file; checkpoints are folders"
+def unknown(path: Path) -> FormatError:
+    """The error for a folder that no format knows: which files are missing or broken, if it is nearly one."""
+    if not path.is_dir():
+        return _no_format(path, "it is a file; checkpoints are folders")
+    names = sorted(entry.name + ("/" if entry.is_dir() else "") for entry in path.iterdir())
+    why = f"it holds {', '.join(names[:12]) or 'nothing'}" + (" …" if len(names) > 12 else "")
+    inside = [entry for entry in sorted(path.iterdir()) if entry.is_dir() and find_format(entry)][:5]
+    if inside:
+        return FormatError(f"{path} is not a checkpoint itself", why=why, fix=f"name one of those inside it: {', '.join(map(str, inside))}")
+    from saehub.checkpoint.format import RESTORE
+
+    near = _nearly(path)
+    return FormatError(f"{path} is not a whole checkpoint: {'; or '.join(near)}", why=why, fix=RESTORE) if near else _no_format(path, why)
+
+
+def _nearly(path: Path) -> list[str]:
+    """What is wrong with a folder in each format some of whose `files` it holds; those that lack fewest."""
+    lacking: dict[str, list[str]] = {}
+    for name in [NATIVE, *exporters()]:
+        try:
+            address, instance, _ = codec(name)
+            files = list(getattr(instance, "files", ()))
+            missing = [file for file in files if not (path / file).is_file()]
+            if not missing and files:
+                instance.read(path)
+            elif {file for file in files if file not in missing} - ANYBODYS:
+                lacking[address] = missing
+        except FormatError as error:  # all files are there, and this is why they are not that format
+            return [error.what + (f" ({error.why})" if error.why else "")]
+        except SaehubError:
+            continue
+    least = min(map(len, lacking.values()), default=0)
+    return [f"{' and '.join(missing)} of the format {address} is missing" for address, missing in lacking.items() if len(missing) == least]
+
+
+def _no_format(path: Path, why: str) -> FormatError:
     return FormatError(
         f"{path} is in no format that is known here",
         why=why,

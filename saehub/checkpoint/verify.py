@@ -23,6 +23,12 @@ ACTIVE_SHARE = 0.9
 SITE_TOLERANCE = {"float32": 2e-3, "bfloat16": 6e-2, "float16": 2e-2}
 """Largest relative difference ‖x - x'‖/‖x‖ of a re-extracted row, by the model's or the rows' coarser dtype: batch shape and attention kernel move the last bits."""
 
+PROVABLE = (
+    "only the probe of a training run, saved with its tokens, can prove the site; "
+    "saehub eval PATH --with native/core --model MODEL warns where another site fits better"
+)
+ADD_PROBE = "saehub convert PATH NEW --to saehub --model MODEL adds a probe (without tokens: it proves the dictionary, not the site)"
+
 Status = Literal["ok", "failed", "not verified", "inconclusive"]
 
 
@@ -45,11 +51,21 @@ class Report:
     path: str
     format: str
     checks: list[Check] = field(default_factory=list)
+    site_open: Status = "not verified"
+    """What a site is that nothing can prove: `inconclusive` where it was asked for."""
 
     @property
     def ok(self) -> bool:
         """Nothing failed and nothing was inconclusive (`not verified` says so and is not a failure)."""
         return not any(check.status in ("failed", "inconclusive") for check in self.checks)
+
+    @property
+    def verdict(self) -> str:
+        """`verified: header, tensors; not verified: site`, or `NOT verified: probe replay`: what was shown, and what was not."""
+        names = {status: [check.name for check in self.checks if check.status == status] for status in ("ok", "not verified")}
+        if not self.ok:
+            return f"NOT verified: {', '.join(check.name for check in self.checks if check.status in ('failed', 'inconclusive'))}"
+        return "; ".join(f"{word}: {', '.join(found)}" for word, found in zip(("verified", "not verified"), names.values(), strict=True) if found)
 
     def add(self, name: str, status: Status, detail: str, fix: str | None = None) -> None:
         """Append a check."""
@@ -72,25 +88,28 @@ def verify(source: str | Path, model: ModelHandle | str | None = None) -> Report
     """Check a checkpoint: header and tensor hashes, the golden probe replayed in float64 on the CPU, and with the model (loaded, or its
     name) the site.
 
-    Never raises for a damaged checkpoint: that is a failed check. UsageError if nothing is at `source`.
+    Never raises for a damaged checkpoint: that is a failed check. A site that the model was given for and that nothing here can prove is
+    inconclusive. UsageError if nothing is at `source`.
     """
-    from saehub.checkpoint.load import NATIVE, codec, find_format, locate
+    from saehub.checkpoint.load import NATIVE, codec, find_format, locate, unknown
 
     path, _ = locate(source)
     name = find_format(path)
     report = Report(str(source), name or "unknown")
+    report.site_open = "not verified" if model is None else "inconclusive"
     if name is None:
-        report.add("format", "failed", "no known format", "saehub inspect PATH")
+        error = unknown(path)
+        report.add("format", "failed", _one_line(error), error.fix)
     elif name == NATIVE:
         _verify_native(report, path, model)
     else:
         try:
             sae = codec(name)[1].read(path)
             report.add("tensors", "ok", f"readable, {len(sae.tensors())} tensors of the right shapes, no NaN; the format stores no hashes")
+            _verify_certificate(report, path, sae, "inconclusive")
         except SaehubError as error:
             report.add("tensors", "failed", _one_line(error), error.fix)
-        _verify_certificate(report, path, name)
-        report.add("site", "not verified", "the format stores no probe", "saehub convert PATH NEW --to saehub, then verify NEW")
+        report.add("site", report.site_open, "the format stores no probe", PROVABLE)
     return report
 
 
@@ -107,13 +126,14 @@ def _verify_native(report: Report, path: Path, model: ModelHandle | str | None) 
     except SaehubError as error:
         report.add("tensors" if report.checks else "header", "failed", _one_line(error), error.fix)
         return
+    _verify_certificate(report, path, sae, "not verified")  # the hashes say that it is what was saved, whatever a conversion left open
     file = path / v1.PROBE
     if header["probe"] is None:
         if file.exists():
             report.add("probe file", "failed", f"{file} exists, but the header lists no probe", v1.RESTORE)
         else:
-            report.add("probe replay", "not verified", "saved without a probe")
-        report.add("site", "not verified", "no probe")
+            report.add("probe replay", "not verified", "saved without a probe", ADD_PROBE)
+        report.add("site", report.site_open, "no probe", PROVABLE)
         return
     try:
         found = sha256_file(file) if file.is_file() else None
@@ -125,9 +145,7 @@ def _verify_native(report: Report, path: Path, model: ModelHandle | str | None) 
         return
     report.add("probe file", "ok", f"{probe.rows} rows" + (", with tokens" if probe.token_ids_N is not None else ", without tokens"))
     _replay(report, sae, probe)
-    from saehub.checkpoint.inputs import open_model
-
-    _verify_site(report, sae, probe, open_model(model, sae.provenance))
+    _verify_site(report, sae, probe, model)
 
 
 def _replay(report: Report, sae: SAE, probe: Probe) -> None:
@@ -191,18 +209,21 @@ def _replay(report: Report, sae: SAE, probe: Probe) -> None:
         report.add("probe replay", "ok", detail)
 
 
-def _verify_site(report: Report, sae: SAE, probe: Probe, model: ModelHandle | None) -> None:
+def _verify_site(report: Report, sae: SAE, probe: Probe, model: ModelHandle | str | None) -> None:
     """Extract the probe's rows again from its token contexts; only this proves which tensor the dictionary reads."""
     site, target = sae.provenance.get("site"), sae.provenance.get("target_site")
     if probe.contexts_ST is None:
-        report.add("site", "not verified", "the probe was saved without its tokens")
+        report.add("site", report.site_open, "the probe was saved without its tokens", PROVABLE)
         return
     if model is None:
         report.add("site", "not verified", f"it claims {site}", "saehub verify PATH --model MODEL")
         return
     if not site:
-        report.add("site", "not verified", "the checkpoint names no site")
+        report.add("site", report.site_open, "the checkpoint names no site")
         return
+    from saehub.checkpoint.inputs import open_model
+
+    model = open_model(model, sae.provenance)
     claimed = (sae.provenance.get("model") or {}).get("fingerprint")
     if claimed and getattr(model, "fingerprint", None) not in (None, claimed):
         report.add(
@@ -211,7 +232,7 @@ def _verify_site(report: Report, sae: SAE, probe: Probe, model: ModelHandle | No
     for label, name, rows_ND in (("site", site, probe.x_ND), ("target site", target, probe.target_ND)):
         if rows_ND is None or not name:
             if label == "target site" and target:
-                report.add(label, "not verified", f"it claims {target}; the probe holds no target rows")
+                report.add(label, report.site_open, f"it claims {target}; the probe holds no target rows")
             continue
         try:
             _compare_site(report, label, name, rows_ND, probe, model)
@@ -297,24 +318,20 @@ def _nearest_site(model: ModelHandle, probe: Probe, rows_ND: torch.Tensor) -> tu
     return best, distances.get(best, float("inf"))
 
 
-def _verify_certificate(report: Report, path: Path, name: str) -> None:
-    """A conversion certificate beside the files: does it still speak of these tensors?"""
+def _verify_certificate(report: Report, path: Path, sae: SAE, open_: Status) -> None:
+    """A conversion certificate beside the files: does it still speak of these tensors? `open_`: what one is that proved nothing."""
     from saehub.checkpoint.certificate import FILE, Certificate
-    from saehub.checkpoint.load import codec
-    from saehub.checkpoint.written import drift
+    from saehub.checkpoint.written import stale
 
     if not (path / FILE).is_file():
         return
-    try:
-        certificate = Certificate.read(path / FILE)
-        other = drift(certificate.target, codec(name)[1].read(path))
-    except SaehubError as error:
-        report.add("certificate", "failed", _one_line(error), error.fix)
+    changed = stale(path, sae)
+    if changed:
+        report.add("certificate", "failed", changed, "convert again")
         return
-    if other:
-        report.add("certificate", "failed", f"{FILE} speaks of {other}: the files were changed after the conversion", "convert again")
-    else:
-        report.add("certificate", "ok" if certificate.passed else "inconclusive", f"these tensors: {certificate.outcome}")
+    certificate = Certificate.read(path / FILE)
+    detail = "; of the source: ".join([f"these tensors: {certificate.outcome}", *certificate.cautions])
+    report.add("certificate", "ok" if certificate.passed else open_, detail)
 
 
 def _one_line(error: SaehubError) -> str:

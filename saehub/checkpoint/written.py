@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saehub.errors import SaehubError
+from saehub.errors import FormatError, SaehubError
 from saehub.jsonio import hash_json
 
 if TYPE_CHECKING:
@@ -42,15 +43,15 @@ def identity(sae: SAE) -> dict[str, Any]:
     return {"config_hash": hash_json(sae.config.to_json()), "sites": {key: _name(sae.provenance, key) for key in SITES}}
 
 
-def drift(recorded: Mapping[str, Any], sae: SAE) -> str | None:
+def drift(recorded: Mapping[str, Any], sae: SAE, tensors_hash: str | None = None) -> str | None:
     """How `sae` differs from what a certificate recorded (`tensors_hash` and `identity`), or None.
 
-    A site that was not recorded does not count: some formats take it from the folder's name.
+    A site that was not recorded does not count: some formats take it from the folder's name. `tensors_hash` of `sae`, if known.
     """
     from saehub.checkpoint.format import sae_hash
 
     now = identity(sae)
-    if recorded.get("tensors_hash") != sae_hash(sae):
+    if recorded.get("tensors_hash") != (tensors_hash or sae_hash(sae)):
         return "other tensors"
     if recorded.get("config_hash") not in (None, now["config_hash"]):
         return "another config"
@@ -58,6 +59,19 @@ def drift(recorded: Mapping[str, Any], sae: SAE) -> str | None:
     if any(name is not None and now["sites"].get(key) != name for key, name in sites.items()):
         return "another site"
     return None
+
+
+def stale(path: Path, sae: SAE, tensors_hash: str | None = None) -> str | None:
+    """Why the certificate in the folder `path` says nothing of the `sae` read from it; None if there is none, or it does."""
+    from saehub.checkpoint.certificate import FILE, Certificate
+
+    if not (path / FILE).is_file():
+        return None
+    try:
+        other = drift(Certificate.read(path / FILE).target, sae, tensors_hash)
+    except FormatError as error:
+        return error.what
+    return f"{FILE} speaks of {other}: the files were changed after the conversion" if other else None
 
 
 def _name(provenance: Mapping[str, Any], key: str) -> str | None:

@@ -72,20 +72,25 @@ def convert(
 @click.command(context_settings=SETTINGS)
 @click.argument("path")
 @json_option()
-def inspect(path: str, as_json: bool) -> None:
+def inspect(path: str, as_json: bool) -> int:
     """Say what a checkpoint is: architecture, shapes, site, provenance.
 
-    PATH is a folder in any known format, or hf://ORG/REPO/FOLDER. What the checkpoint does not say is listed as missing.
+    PATH is a folder in any known format, or hf://ORG/REPO/FOLDER. What the checkpoint does not say is listed as missing. Files that do not
+    fit what it says are damaged (exit code 1).
     """
+    from saehub.checkpoint.format import RESTORE
     from saehub.checkpoint.inspect import inspect as look
+    from saehub.cli.failure import FAILED, OK
 
     data = look(path)
+    code = FAILED if data["damaged"] else OK
     if as_json:
-        return out_json({"checkpoint": data})
+        out_json({"checkpoint": data})
+        return code
     from saehub.cli import render
 
     data = plain(data)
-    tensors, provenance, missing = (data.pop(name, None) for name in ("tensors", "provenance", "missing"))
+    tensors, provenance, missing, damaged = (data.pop(name, None) for name in ("tensors", "provenance", "missing", "damaged"))
     render.facts((name, words(value)) for name, value in data.items())
     if tensors:
         render.facts(((name, f"{entry.get('dtype')} {entry.get('shape')}") for name, entry in tensors.items()), title="Tensors")
@@ -93,6 +98,11 @@ def inspect(path: str, as_json: bool) -> None:
         render.facts(((name, words(value)) for name, value in provenance.items()), title="Provenance")
     for item in missing or []:
         say(style("missing", fg="yellow") + f": {clean(item)}")
+    for item in damaged or []:
+        say(style("damaged", fg="red", bold=True) + f": {clean(item)}")
+    if damaged:
+        say(f"fix: {RESTORE}")
+    return code
 
 
 @click.command(context_settings=SETTINGS)
@@ -118,7 +128,7 @@ def verify(path: str, model: str | None, as_json: bool) -> int:
     for check in report.checks:
         if check.fix:
             say(f"{check.name}: {check.fix}")
-    say(style("verified", fg="green") if report.ok else style("NOT verified", fg="red", bold=True))
+    say(style(report.verdict, fg="green") if report.ok else style(report.verdict, fg="red", bold=True))
     return OK if report.ok else FAILED
 
 

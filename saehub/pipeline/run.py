@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from saehub.api import Measurement
-from saehub.errors import Interrupted, SaehubError, StageFailed
+from saehub.errors import FormatError, Interrupted, SaehubError, StageFailed
 from saehub.jsonio import hash_json, write_json_atomic, write_text_atomic
 from saehub.pipeline.context import Context, stage_error
 from saehub.pipeline.evaluate import evaluate_stages, read_measurements
@@ -198,6 +198,8 @@ def _walk(context: Context) -> list[SaehubError]:
         except (Interrupted, KeyboardInterrupt):
             raise
         except SaehubError as error:
+            if isinstance(error, FormatError):  # outside of a run a damaged file is a check that failed
+                error.exit_code = StageFailed.exit_code
             errors.append(error)
         except Exception as error:
             if os.environ.get("SAEHUB_TRACE") == "1":

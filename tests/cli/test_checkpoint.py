@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
 
 from saehub.cli.checkpoint import words
+from saehub.errors import Caution
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +50,7 @@ def test_inspect(saehub, checkpoint):
 @pytest.mark.quick
 def test_verify(saehub, checkpoint):
     said = saehub("verify", checkpoint)
-    assert said.code == 0 and said.err.endswith("verified\n")
+    assert said.code == 0 and said.err.endswith("verified: header, tensors, probe file, probe replay; not verified: site\n")
     assert [line.split("  ")[0] for line in said.out.splitlines()[2:]] == ["header", "tensors", "probe file", "probe replay", "site"]
     assert "not verified" in said.out  # the site: nobody gave the model
     report = saehub("verify", checkpoint, "--json").data["report"]
@@ -57,8 +59,6 @@ def test_verify(saehub, checkpoint):
 
 @pytest.mark.quick
 def test_a_changed_tensor_is_code_1(saehub, checkpoint, tmp_path):
-    import shutil
-
     damaged = tmp_path / "damaged"
     shutil.copytree(checkpoint, damaged)
     data = bytearray((damaged / "sae.safetensors").read_bytes())
@@ -79,7 +79,58 @@ def test_what_is_not_there_is_code_2(saehub, tmp_path, verb):
 @pytest.mark.quick
 def test_a_folder_in_no_format_is_told_so(saehub, tmp_path):
     said = saehub("inspect", tmp_path)
-    assert said.code in (2, 4) and "format" in said.err
+    assert said.code == 1 and "in no format that is known here" in said.err
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", ["sae.safetensors", "probe.safetensors"])
+@pytest.mark.parametrize("how", ["cut", "gone"])
+def test_inspect_notices_files_that_do_not_fit_the_header(saehub, checkpoint, tmp_path, name, how):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(checkpoint, damaged)
+    file = damaged / name
+    file.write_bytes(file.read_bytes()[:-100]) if how == "cut" else file.unlink()
+    said = saehub("inspect", damaged)
+    assert said.code == 1 and "architecture          relu" in said.out
+    assert f"damaged: {file} {'is cut short' if how == 'cut' else 'does not exist'}" in said.err and "fix: restore" in said.err
+    data = saehub("inspect", damaged, "--json")
+    assert data.code == 1 and len(data.data["checkpoint"]["damaged"]) == 1 and str(file) in data.data["checkpoint"]["damaged"][0]
+
+
+@pytest.mark.quick
+def test_the_missing_or_broken_file_is_named(saehub, checkpoint, tmp_path):
+    """A folder that is nearly a checkpoint is told what it lacks, in every format that could be meant, by every command."""
+    native, foreign, broken, model = (tmp_path / name for name in ("native", "foreign", "broken", "model"))
+    shutil.copytree(checkpoint, native)
+    (native / "saehub.json").unlink()
+    for folder, files in ((foreign, ["sae_weights.safetensors"]), (broken, ["sae_weights.safetensors", "cfg.json"]), (model, ["config.json"])):
+        folder.mkdir()
+        for file in files:
+            (folder / file).write_text("{")
+    for verb, *more in (["inspect"], ["verify"], ["convert", tmp_path / "dst", "--to", "saelens"]):
+        for folder, words in (
+            (native, "saehub.json of the format saehub is missing"),
+            (foreign, "cfg.json of the format saelens/saelens is missing"),
+            (broken, "cfg.json cannot be read as JSON"),
+        ):
+            said = saehub(verb, folder, *more, "--json")
+            assert said.code == 1 and words in " ".join(said.out.split()), (verb, folder.name)
+    assert "in no format that is known here" in saehub("inspect", model).err, "a config.json alone tells no format"
+
+
+@pytest.mark.quick
+def test_a_site_that_cannot_be_proved_though_the_model_was_given_is_code_1(saehub, checkpoint, tmp_path):
+    import saehub as package
+    from saehub.checkpoint.format import save
+
+    save(package.load(checkpoint), tmp_path / "bare")
+    said = saehub("verify", tmp_path / "bare")
+    assert said.code == 0 and said.err.endswith("verified: header, tensors; not verified: probe replay, site\n")
+    assert "--to saehub --model MODEL adds a probe" in said.err
+    for folder in (checkpoint, tmp_path / "bare"):  # a probe without tokens; no probe
+        asked = saehub("verify", folder, "--model", "builtin/tiny-llama")
+        assert asked.code == 1 and "inconclusive" in asked.out and asked.err.endswith("NOT verified: site\n")
+        assert "saehub eval PATH --with native/core --model MODEL" in asked.err
 
 
 # ---------------------------------------------------------------- convert
@@ -163,6 +214,33 @@ def test_convert_to_our_own_format_really_works(saehub, checkpoint, tmp_path):
     certificate = json.loads((tmp_path / "dst" / "conversion.json").read_text())
     assert certificate["passed"] is True and said.data["certificate"]["support"]["unexplained"] == 0
     assert saehub("verify", tmp_path / "dst").code == 0
+
+
+@pytest.mark.quick
+def test_a_source_that_was_changed_after_its_own_conversion_is_told(saehub, checkpoint, tmp_path):
+    import saehub as package
+    from saehub.checkpoint.format import save
+
+    copy, again = tmp_path / "copy", tmp_path / "again"
+    assert saehub("convert", checkpoint, copy, "--to", "saehub", "--no-verify").code == 0
+    assert "caution" not in saehub("convert", copy, again, "--to", "saehub", "--no-verify").err
+    sae = package.load(copy)
+    sae.b_enc.data += 0.1
+    save(sae, copy, overwrite=True)
+    words = "conversion.json speaks of other tensors"
+    with pytest.warns(Caution, match=f"copy: {words}"):
+        said = saehub("convert", copy, tmp_path / "third", "--to", "saehub", "--no-verify", "--json")
+    assert said.code == 0 and words in said.data["certificate"]["cautions"][0]
+    assert words in saehub("verify", tmp_path / "third").out
+    verified = saehub("verify", copy)
+    assert verified.code == 1 and words in verified.out and verified.err.endswith("NOT verified: certificate\n")
+
+
+@pytest.mark.quick
+def test_the_wrong_format_is_blamed_on_the_flag(saehub, checkpoint, tmp_path):
+    said = saehub("convert", checkpoint, tmp_path / "dst", "--to", "saelens", "--from", "dictionary_learning")
+    assert said.code == 2 and "is not in the format 'dictionary_learning' that was asked for" in said.err
+    assert "its files are those of saehub" in said.err and "--from" in said.err
 
 
 # ---------------------------------------------------------------- eval

@@ -19,7 +19,7 @@ from saehub.recipe import Problem
 pytestmark = pytest.mark.quick
 CODES = {
     errors.SaehubError: 4, errors.CheckFailed: 1, errors.UsageError: 2, errors.RecipeError: 2, errors.MissingDependency: 3, errors.StageFailed: 4,
-    errors.FormatError: 4, errors.NeedsInput: 4, errors.Interrupted: 130,
+    errors.FormatError: 1, errors.NeedsInput: 4, errors.Interrupted: 130,
 }  # fmt: skip
 
 
