@@ -162,6 +162,9 @@ class Catalog:
             raise UsageError(
                 f"{kind} {name!r} is provided by {len(by_bare)} plugins", fix=f"write one of: {', '.join(item.address for item in by_bare)}"
             )
+        other = next((item.kind for row in self._rows for item in row.components if name in (item.address, item.name)), None)
+        if other is not None:
+            raise UsageError(f"{name!r} is {_a(other)}, not {_a(kind)}", fix=f"installed {kind}s: {', '.join(known) or 'none'}")
         hint = did_you_mean(name, [*known, *(item.name for item in known.values())])
         broken = [row.plugin for row in self._rows if row.status == "broken"]
         why = f"broken plugins that might have provided it: {', '.join(broken)} (saehub plugins ls --trace)" if broken else None
@@ -191,6 +194,10 @@ class Catalog:
                 f"{registered.address} needs {', '.join(absent)}, which {'is' if len(absent) == 1 else 'are'} not installed",
                 fix=_pip(registered, absent),
             )
+
+
+def _a(kind: str) -> str:
+    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
 
 
 def _installed(module: str) -> bool:

@@ -97,7 +97,7 @@ def check(name: str, overrides: tuple[str, ...], as_json: bool) -> int:
     """Check a recipe and report all its problems at once."""
     from saehub.cli.failure import MISSING, OK, USAGE, problem_to_json, show_problem
 
-    found, problems = _checked(name, overrides)
+    found, problems = _checked(name, overrides, planned=True)
     kinds = [severity(problem) for problem in problems]
     code = USAGE if "error" in kinds or found is None else MISSING if "missing" in kinds else OK
     if as_json:
@@ -192,8 +192,9 @@ def _plan(name: str, overrides: tuple[str, ...], out: Path | None, strict_cache:
     from saehub.recipe import locator
 
     found, problems = _checked(name, overrides)
-    if found is None or any(severity(problem) == "error" for problem in problems):
-        raise RecipeError(_count(problems, name), problems, fix=f"edit it, then: saehub recipe check {name}")
+    if found is None:
+        _, problems = _checked(name, overrides, planned=True)
+        raise RecipeError(_count(problems, name), problems, fix=_mend(problems, name))
     for problem in problems:
         if severity(problem) == "warning":
             show_problem(problem)
@@ -226,14 +227,26 @@ def _warn(made: Plan) -> None:
         say(style("warning", fg="yellow") + f": {clean(words)}")
 
 
-def _checked(name: str, overrides: tuple[str, ...]) -> tuple[Any, list]:
-    """The recipe (None with errors) and all its problems; a name that is no recipe is a UsageError of its own."""
+def _checked(name: str, overrides: tuple[str, ...], planned: bool = False) -> tuple[Any, list]:
+    """The recipe (None with errors) and all its problems (`planned`: those of its plan too); a name that is no recipe is a UsageError of its own."""
     from saehub.plugins import catalog
     from saehub.recipe import library
-    from saehub.recipe.check import check as check_recipe
 
     library.find(name)
+    if planned:
+        from saehub.pipeline.problems import check as check_recipe
+    else:
+        from saehub.recipe.check import check as check_recipe
     return check_recipe(name, list(overrides), catalog())
+
+
+def _mend(problems: list, name: str) -> str:
+    """What to change: the recipe's file, what --set says, or both."""
+    errors = [problem for problem in problems if severity(problem) == "error"]
+    options = list(dict.fromkeys(problem.file for problem in errors if problem.file.startswith("--set ")))
+    words = [f"correct {', '.join(shlex.quote(option.removeprefix('--set ')).join(('--set ', '')) for option in options)}"] if options else []
+    words += [f"edit it, then: saehub recipe check {shlex.quote(name)}"] if any(problem.file not in options for problem in errors) else []
+    return "; ".join(words)
 
 
 def severity(problem: object) -> str:

@@ -74,14 +74,21 @@ def open_source(entry: SourceEntry) -> Iterator[Document]:
     StageFailed (a dataset that cannot be fetched, or a split without documents).
     """
     check_source(entry)
-    any_document = False
-    for document in _split(entry, _documents(entry)):
-        any_document = True
-        yield document
-    if not any_document:
+    read = given = 0
+    for document, chosen in _split(entry, _documents(entry)):
+        read += 1
+        if chosen:
+            given += 1
+            yield document
+    if not read:
+        raise StageFailed(
+            f"source {entry.source!r} holds no text", where="data", why="nothing but blank space was read", fix="put text there, or name another source"
+        )
+    if not given:
         raise StageFailed(
             f"source {entry.source!r} has no documents in split {entry.split!r}",
             where="data",
+            why=f"all of its {read} documents are in the other one" if read > 1 else "its one document is in the other one",
             fix="use another split (`all` takes everything), or give more text",
         )
 
@@ -105,17 +112,18 @@ def _documents(entry: SourceEntry) -> Iterator[Document]:
         yield from _hub(entry)
 
 
-def _split(entry: SourceEntry, documents: Iterator[Document]) -> Iterator[Document]:
+def _split(entry: SourceEntry, documents: Iterator[Document]) -> Iterator[tuple[Document, bool]]:
+    """Documents that hold anything, and whether each is in the split."""
     by_hash = not entry.source.startswith("builtin/") and entry.split in ("train", "heldout")
     for document in documents:
         if not (document.text.strip() or document.messages):
             continue
+        chosen = True
         if by_hash:
             content = document.text or json.dumps(document.messages, sort_keys=True, default=str)
             number = int.from_bytes(hashlib.sha256(content.encode("utf-8", "surrogatepass")).digest()[:8], "big") % 100
-            if (number < HELDOUT_PERCENT) != (entry.split == "heldout"):
-                continue
-        yield document
+            chosen = (number < HELDOUT_PERCENT) == (entry.split == "heldout")
+        yield document, chosen
 
 
 def _files(source: str) -> list[Path]:
@@ -125,14 +133,21 @@ def _files(source: str) -> list[Path]:
             raise UsageError(
                 f"source {source!r} is a {path.suffix or 'suffixless'} file", fix="give a " + ", ".join(SUFFIXES) + " file, or rename it"
             )
-        return [path]
+        return _not_empty(source, [path])
     if path.is_dir():
         found = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file() and not file.name.startswith("."))
         if not found:
             raise UsageError(f"source {source!r} holds no {', '.join(SUFFIXES)} file", fix="put text there, or name another folder")
-        return found
+        return _not_empty(source, found)
     near = did_you_mean(path.name, [other.name for other in path.parent.iterdir()]) if path.parent.is_dir() else ""
     raise UsageError(f"source {source!r}: no such file or folder{near}", why=f"looked at {path.absolute()}", fix=_FORMS)
+
+
+def _not_empty(source: str, files: list[Path]) -> list[Path]:
+    if not any(file.stat().st_size for file in files):
+        holds = f"{files[0].absolute()} has 0 bytes" if len(files) == 1 else f"all its {len(files)} files have 0 bytes"
+        raise UsageError(f"source {source!r} is empty", why=holds, fix="put text there, or name another source")
+    return files
 
 
 def _text(path: Path, field_name: str) -> Iterator[Document]:

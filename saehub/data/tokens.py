@@ -50,12 +50,14 @@ def build(
     seed: int = 0,
     repeat: bool = False,
     emit: Callable[[dict], None] = lambda event: None,
+    place: str = "data.train",
 ) -> TokenDataset:
     """Pack text into `out_dir` until it holds `rows` training rows beside `calibration` rows (rows: tokens that are not excluded).
 
     Deterministic in the documents, the tokenizer and the arguments; memory is bounded by one shard and one window of documents a source.
     With `repeat`, a source that ends begins again while others go on, so that weights hold; when all have ended, the folder holds one
-    epoch and `BlockStream` repeats it. Raises StageFailed when the text runs out without `repeat`, naming the rows there are.
+    epoch and `BlockStream` repeats it. Raises StageFailed when the text runs out without `repeat`, naming the rows there are; `place` is
+    what the recipe calls this dataset.
     """
     out_dir = Path(out_dir)
     if not sources or any(not weight > 0 for _, weight in sources):
@@ -81,11 +83,11 @@ def build(
             ids = packers[s].next()
             if ids is None:
                 if not repeat:
-                    raise _too_few(sources, s, rows, calibration, what, got, writer.sequences)
+                    raise _too_few(sources, s, rows, calibration, what, got, writer.sequences, place)
                 if all(packer.passes > 1 or packer.ended for packer in packers) and what == "training":
                     break  # one epoch
                 if what != "training":
-                    raise _too_few(sources, s, rows, calibration, what, got, writer.sequences)
+                    raise _too_few(sources, s, rows, calibration, what, got, writer.sequences, place)
                 packers[s].restart()
                 continue
             kept = policy.context - int(np.isin(np.array(ids, dtype=np.int32), excluded).sum())
@@ -104,7 +106,7 @@ def build(
         packer.reserve()
     training_rows, _ = draw(rows, "training")
     if training_rows == 0:
-        raise _too_few(sources, 0, rows, calibration, "training", 0, writer.sequences)
+        raise _too_few(sources, 0, rows, calibration, "training", 0, writer.sequences, place)
     shards = writer.finish()
     vocabulary = {
         "hash": tokenizer_hash(tokenizer_source),
@@ -154,7 +156,7 @@ def _about(entry: SourceEntry, weight: float, packer: Packer, counts: list[int])
     }
 
 
-def _too_few(sources: Sequence, s: int, rows: int, calibration: int, what: str, got: int, sequences: int) -> StageFailed:
+def _too_few(sources: Sequence, s: int, rows: int, calibration: int, what: str, got: int, sequences: int, place: str) -> StageFailed:
     name = sources[s][0].source
     mixed = f" at these weights ({name!r} ended first)" if len(sources) > 1 else ""
     if what == "calibration":
@@ -164,13 +166,14 @@ def _too_few(sources: Sequence, s: int, rows: int, calibration: int, what: str, 
             why=f"it gives {got:,} rows in all{mixed}",
             fix="lower extract.calibration, or give more text",
         )
+    trains = place == "data.train"
     return StageFailed(
-        f"the text ran out: {got:,} training rows are available{mixed}, {rows:,} were asked for",
-        where="data.train.tokens",
-        why=f"{sequences:,} sequences were packed, {calibration:,} rows of them for calibration",
-        fix=f"set data.train.tokens to at most {got}, write `repeat: true`, or give more text"
+        f"the text ran out: {got:,} {'training ' if trains else ''}rows are available{mixed}, {rows:,} were asked for",
+        where=f"{place}.tokens",
+        why=f"{sequences:,} sequences were packed" + (f", {calibration:,} rows of them for calibration" if calibration else ""),
+        fix=f"set {place}.tokens to at most {got}, {'write `repeat: true`, ' if trains else ''}or give more text"
         if got
-        else "give more text, or lower extract.calibration",
+        else "give more text" + (", or lower extract.calibration" if calibration else ""),
     )
 
 

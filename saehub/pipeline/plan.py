@@ -113,15 +113,16 @@ def make_plan(
     out: Path | None = None,
     strict_cache: bool = False,
     locate: Callable[[str, str, str | None], Any] = PlanProblem,
+    contents: bool = True,
 ) -> Plan:
     """Plan `recipe`; raises RecipeError with every problem found.
 
     `strict_cache`: results made with other library versions are misses. `locate` (`saehub.recipe.locator`) gives problems their place in
-    the file.
+    the file. `contents=False` reads no model, text or checkpoint, for the problems alone: the keys of such a plan mean nothing.
     """
     from saehub.recipe import expand_sweeps
 
-    return _Planner(expand_sweeps(recipe), catalog, Path(base).absolute() if base else home(), out, strict_cache, locate).plan()
+    return _Planner(expand_sweeps(recipe), catalog, Path(base).absolute() if base else home(), out, strict_cache, locate, contents).plan()
 
 
 def _policy(train: Any) -> dict[str, Any]:
@@ -134,8 +135,11 @@ def _policy(train: Any) -> dict[str, Any]:
 
 
 class _Planner:
-    def __init__(self, recipe: Recipe, catalog: Catalog, base: Path, out: Path | None, strict_cache: bool, locate: Any):
+    def __init__(self, recipe: Recipe, catalog: Catalog, base: Path, out: Path | None, strict_cache: bool, locate: Any, contents: bool):
         self.locate = locate
+        self.tree_hash = keys.tree_hash if contents else str
+        self.source_identity = keys.source_identity if contents else asdict
+        self.contents = contents
         self.recipe, self.catalog, self.base, self.out = recipe, catalog, base, out
         self.store = Store(base)
         self.strict_cache = strict_cache
@@ -204,7 +208,7 @@ class _Planner:
             self._caught("model.name", error)
             return spec, None, None
         try:
-            found = fingerprint(spec)
+            found = fingerprint(spec) if self.contents else "not read"
         except SaehubError as error:
             self._caught("model", error)
             return spec, shape, None
@@ -270,7 +274,7 @@ class _Planner:
             "repeat": repeat,
             "seed": derive("tokens", name, self.recipe.seed),
         }
-        key = keys.stage_key("tokens", **{**spec, "mix": [keys.source_identity(entry) for entry in mix]}, tokenizer=self.fingerprint)
+        key = keys.stage_key("tokens", **{**spec, "mix": [self.source_identity(entry) for entry in mix]}, tokenizer=self.fingerprint)
         text = " + ".join(f"{entry.source} ({entry.split})" for entry in mix)
         self._add(Stage(f"tokens/{name}", "tokens", key, Path(), spec=spec, detail={"source": text, "rows": rows, **detail}))
 
@@ -297,7 +301,7 @@ class _Planner:
         }
         reserved = -(-extract.calibration // extract.lm_batch) * extract.lm_batch  # calibration takes whole batches
         rows = train.tokens if train else (self.files["rows"] - reserved if self.files else 0)
-        if self.recipe.train and rows <= 0:
+        if self.recipe.train and rows <= 0 and self.files:
             self._problem("extract.calibration", f"{extract.calibration} calibration rows leave none of {self.files['rows']} to train on", "a smaller calibration")
         return {
             "identity": identity,
@@ -320,6 +324,9 @@ class _Planner:
             if registered is None or absent:
                 continue
             batch, rows = int(getattr(config, "batch", 4096)), self.stream["rows"]
+            if batch < 1:
+                self._problem(f"{path}.with.batch", f"batch is {batch}; it must be at least 1")
+                continue
             seed = self.recipe.seed if entry.seed is None else entry.seed
             job = Job(
                 entry.id if entry.site or len(self.widths) == 1 else f"{entry.id}@{site}",
@@ -377,7 +384,7 @@ class _Planner:
             component=keys.component_identity(registered, config),
             job=plain_job,
             stream=self.stream["identity"],
-            init_from=keys.tree_hash(Path(job.init_from)) if job.init_from else None,
+            init_from=self.tree_hash(Path(job.init_from)) if job.init_from else None,
         )
         d_sae = int(config.d_sae(job)) if hasattr(config, "d_sae") and not self.problems else 0
         detail = {"site": job.site, "rows": job.rows, "steps": job.steps, "batch": job.batch, "d_in": job.d_in, "d_sae": d_sae}
@@ -401,7 +408,7 @@ class _Planner:
                 if not Path(entry.load).exists():
                     self._problem(f"saes.{entry.id}.load", f"{entry.load} does not exist", "a checkpoint folder, or hf://org/repo/folder")
                     continue
-                identity = keys.tree_hash(Path(entry.load))
+                identity = self.tree_hash(Path(entry.load))
             key = keys.stage_key("load", source=identity, site=entry.site)
             spec = {"load": entry.load, "site": entry.site, "id": entry.id}
             made.append(self._locate(Stage(f"load/{entry.id}", "load", key, Path(), spec=spec, detail={"from": entry.load, "site": entry.site})))

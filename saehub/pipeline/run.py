@@ -103,8 +103,9 @@ def _ready(plan: Plan) -> Plan:
 
 
 def _refusals(plan: Plan) -> None:
-    """Exports that cannot work, before hours of training: each exporter is shown a small SAE of the architecture and kind that will be trained."""
-    from saehub.checkpoint.load import codec
+    """What cannot work, before hours of training: folders to load that are no checkpoints, and exports, where each exporter is shown a small SAE
+    of the architecture and kind that will be trained."""
+    from saehub.checkpoint.load import codec, find_format, unknown
     from saehub.checkpoint.registry import BUILT_IN
     from saehub.errors import RecipeError
     from saehub.pipeline.plan import PlanProblem
@@ -112,6 +113,11 @@ def _refusals(plan: Plan) -> None:
 
     known = {entry.name for entry in BUILT_IN}
     problems = []
+    for stage in plan.of("load"):
+        path = Path(stage.spec["load"]).expanduser()
+        if not stage.cached and path.exists() and find_format(path) is None:
+            error = unknown(path)
+            problems.append(PlanProblem(f"saes.{stage.spec['id']}.load", error.what + (f" ({error.why})" if error.why else ""), error.fix))
     for stage in plan.of("export"):
         subject = plan.stage(stage.spec["subject"])
         job, config = subject.spec.get("job"), subject.spec.get("config")
@@ -129,7 +135,7 @@ def _refusals(plan: Plan) -> None:
             fix = f"export[].saes: leave {job.id} out, or another format of: {others}"
             problems.append(PlanProblem(stage.id, f"{job.id} will be a {config.architecture()} {fields['kind']}: {reason}", fix))
     if problems:
-        raise RecipeError(f"{len(problems)} export{'s' if len(problems) > 1 else ''} could not be written; nothing was started", problems)
+        raise RecipeError(f"{len(problems)} part{'s' if len(problems) > 1 else ''} of the run could not work; nothing was started", problems)
 
 
 def _kind_of(stage: Stage) -> str:
@@ -310,6 +316,7 @@ def _tokens(context: Context, stages: list[Stage]) -> None:
             seed=spec["seed"],
             repeat=spec["repeat"],
             emit=emit,
+            place="data.train" if spec["name"] == "train" else f"data.eval.{spec['name']}",
         )
         manifest["dataset"] = dataset.manifest
         manifest["seconds"] = time.monotonic() - started

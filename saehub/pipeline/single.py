@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from saehub.errors import UsageError
+from saehub.errors import SaehubError, UsageError
 from saehub.pipeline.events import Listener
 from saehub.pipeline.run import RunResult, run
+
+if TYPE_CHECKING:
+    from saehub.recipe.tree import Problem
 
 
 def recipe_for(
@@ -63,7 +67,6 @@ def recipe_for(
 
 def _read_by(evaluator: str) -> list[dict[str, Any]]:
     """The evaluators whose measurements this one judges, each with its default settings; none where it measures itself."""
-    from saehub.errors import SaehubError
     from saehub.plugins import catalog
 
     try:
@@ -93,7 +96,7 @@ def _split(source: str, trained_on: set[str]) -> str:
 
 
 def evaluate(checkpoint: str, evaluator: str, *, listeners: Iterable[Listener] = (), out: Path | None = None, **what: Any) -> RunResult:
-    """Evaluate one checkpoint; keywords are those of `recipe_for`."""
+    """Evaluate one checkpoint; keywords are those of `recipe_for`. A RecipeError names options of `saehub eval`, not lines of that recipe."""
     import yaml
 
     from saehub.errors import RecipeError
@@ -101,8 +104,47 @@ def evaluate(checkpoint: str, evaluator: str, *, listeners: Iterable[Listener] =
     from saehub.plugins import catalog
     from saehub.recipe import check_text
 
+    found = catalog()
+    if "several_saes" in (registered := found.find("evaluator", evaluator)).component.needs:
+        fix = f"a recipe with saes: [{{id: a, load: {checkpoint}}}, {{id: b, load: …}}], evaluate: [{{uses: {registered.address}}}]"
+        raise UsageError(f"{registered.address} compares SAEs, and saehub eval measures one", fix=fix)
     text = yaml.safe_dump(recipe_for(checkpoint, evaluator, **what), sort_keys=False, allow_unicode=True)
-    recipe, problems = check_text(text, f"saehub eval {checkpoint}")
+    at = partial(_at, checkpoint, evaluator, what)
+    refused = f"{checkpoint} cannot be evaluated with {evaluator}"
+    recipe, problems = check_text(text, "recipe")
     if recipe is None:
-        raise RecipeError(f"{checkpoint} cannot be evaluated with {evaluator}", problems)
-    return run(make_plan(recipe, catalog(), out=out), listeners, recipe_text=text)
+        raise RecipeError(refused, [at(problem.path, problem.message, problem.hint, problem.severity) for problem in problems])
+    try:
+        plan = make_plan(recipe, found, out=out, locate=at)
+    except RecipeError as error:
+        raise RecipeError(refused, error.problems, why=None if error.problems else error.what, fix=None if error.problems else error.fix) from error
+    try:
+        return run(plan, listeners, recipe_text=text)
+    except SaehubError as error:
+        if error.where and error.where.startswith(("data.", "model", "extract.")):
+            place = at(error.where, error.what).file
+            error.fix = error.fix and error.fix.replace(error.where, place.split(" ")[0])
+            error.where = place
+        raise
+
+
+def _at(checkpoint: str, evaluator: str, what: Mapping[str, Any], path: str, message: str, hint: str | None = None, severity: Any = "error") -> Problem:
+    """A problem of the recipe at `path`, told of what stood on the command line: an option, or the checkpoint that filled it in."""
+    from saehub.recipe.plain import dump_inline
+    from saehub.recipe.tree import Problem
+
+    section, *rest = path.split(".")
+    place = checkpoint
+    if path.endswith(".tokens"):
+        place = f"--tokens {what.get('tokens')}"
+    elif section == "model" and what.get("model"):
+        place = f"--model {what['model']}"
+    elif section == "data" and what.get("data"):
+        given = list(what["data"])
+        named = [text for name, text in zip(_datasets(given, []), given, strict=False) if path.startswith(f"data.eval.{name}.") or repr(name) in message]
+        place = f"--data {(named or given)[0]}"
+    elif section == "evaluate":
+        settings = {key: f"--set {key}={dump_inline(value)}" for key, value in (what.get("with_") or {}).items()}
+        named = [text for key, text in settings.items() if path.partition(".with.")[2].split(".")[0] == key or f"unknown key {key!r}" in message]
+        place = named[0] if named else f"--with {evaluator}"
+    return Problem(place, 0, 0, "", message, hint, severity=severity)

@@ -116,6 +116,12 @@ def _absence(problem: Problem) -> bool:
     return problem.message.startswith(("missing key", "nothing to do", "no sites", "training needs", "no text", "no SAE has")) or "needs a dataset" in problem.message
 
 
+def in_order(problems: list[Problem], path_or_name: str | os.PathLike[str], overrides: Overrides) -> list[Problem]:
+    """Without repetitions; the recipe's own file first, then those that it extends, then options; by line and column."""
+    path, given = library.find(path_or_name), Path(os.fspath(path_or_name))
+    return _sorted(problems, str(given) if given == path else display(path), overrides_as_text(overrides))
+
+
 def _version_problem(root: Node) -> Problem | None:
     node = root.get("saehub")
     if node is None:

@@ -252,6 +252,40 @@ def scalar_or_text(node: Any) -> Any:
         return None
 
 
+_PARTNER = {"]": "[", "}": "{"}
+
+
+def _closer_alone(lines: list[str], line: int) -> tuple[int, int, str, str] | None:
+    """The first bracket that closes nothing, in the top-level value that `line` belongs to: (line, column, it, its partner).
+
+    Only if without it every bracket has its partner: else what is open is what lacks its end.
+    """
+    tops = [number for number, text in enumerate(lines) if text[:1].strip() and text[0] not in "]}#"]
+    first = max((number for number in tops if number <= line), default=0)
+    last = min((number for number in tops if number > line), default=len(lines))
+    stack: list[str] = []
+    found, quote = None, ""
+    for number in range(first, last):
+        before = " "  # the last character that was not a space
+        for column, char in enumerate(lines[number]):
+            if quote:
+                quote = "" if char == quote and not (quote == '"' and lines[number][column - 1] == "\\") else quote
+            elif char in "'\"" and before in " :,[{-":
+                quote = char
+            elif char == "#" and (column == 0 or lines[number][column - 1] in " \t"):
+                break
+            elif char in "[{":
+                stack.append(char)
+            elif char in "]}" and stack and stack[-1] == _PARTNER[char]:
+                stack.pop()
+            elif char in "]}":
+                if found is not None or _PARTNER[char] in stack:
+                    return None
+                found = number, column, char, _PARTNER[char]
+            before = char if not char.isspace() else before
+    return found if not stack else None
+
+
 def _syntax_problem(error: yaml.MarkedYAMLError, mark: Any, lines: list[str]) -> Problem:
     """PyYAML's error in our words: what it means most often, at the place where the reader must look."""
     problem, context = error.problem or "cannot be parsed", error.context or ""
@@ -263,6 +297,12 @@ def _syntax_problem(error: yaml.MarkedYAMLError, mark: Any, lines: list[str]) ->
     indent = text[: len(text) - len(text.lstrip())]
     if "'\\t'" in problem or ("\t" in indent and column <= len(indent)):
         return Problem.at(mark(line, indent.find("\t") if "\t" in indent else column), "", "a tab in the indentation", "indent with spaces")
+    alone = _closer_alone(lines, line)
+    if alone is not None:
+        row, place, closer, opener = alone
+        return Problem.at(mark(row, place), "", f"this {closer!r} closes nothing: there is no {opener!r} before it", f"add {opener!r} where it begins, or delete {closer!r}")
+    if "flow" in context and problem.endswith("got ':'") and opened is not None and opened.line == line:
+        return Problem.at(mark(line, column), "", "a second ':' in one entry", "a map inside another has braces of its own, 'key: {a: 1, b: 2}'; entries are parted by commas")
     if "flow" in context and opened is not None:
         bracket = "[" if "sequence" in context else "{"
         found = f"line {line + 1} goes on without it" if line < len(lines) and line != opened.line else "a comma or the closing bracket is missing"

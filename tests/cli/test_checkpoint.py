@@ -305,3 +305,24 @@ def test_eval_with_a_failed_row_is_code_4(saehub, evaluated, fake_run):
 def test_eval_with_a_setting_that_cannot_be_read(saehub, evaluated, setting):
     said = saehub("eval", "ckpt", "--with", "native/core", "--set", setting)
     assert said.code == 2 and f"--set {setting}" in said.err
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--with", "native/topk"], "error: 'native/topk' is a trainer, not an evaluator"),
+        (["--with", "native/stability"], "error: native/stability compares SAEs, and saehub eval measures one"),
+        (["--with", "native/core", "--set", "foo=3"], "--set foo=3: unknown key 'foo' of native/core"),
+        (["--with", "native/core", "--set", "dead_rate=x"], "--set dead_rate=x: should be a number, got 'x'"),
+        (["--with", "native/core", "--data", "ok=builtin/python-docs", "--data", "x=no.txt"], "--data x=no.txt: source 'no.txt': no such file"),
+        (["--with", "native/core", "--model", "./no"], "--model ./no: there is no model './no'"),
+        (["--with", "native/core", "--model", "gpt2"], "--model gpt2: model 'gpt2' is not on this machine"),
+    ],
+)
+def test_eval_speaks_of_its_own_options(saehub, checkpoint, options, words):
+    given = [] if "--model" in options else ["--model", "builtin/tiny-llama"]
+    given += [] if "--data" in options else ["--data", "builtin/python-docs"]
+    said = saehub("eval", checkpoint, *options, *given)
+    assert said.code == 2 and words in said.err, said.err
+    assert "recipe" not in said.err.partition("fix:")[0] and ":33:" not in said.err and "|" not in said.err

@@ -89,6 +89,31 @@ def test_check_reports_all_problems_at_their_places(saehub, bad):
     assert [(item["line"], item["column"], item["severity"]) for item in data["problems"]] == [(5, 53, "error"), (8, 19, "error")]
 
 
+def test_check_reports_what_a_plan_would_say_beside_what_the_types_say(saehub, tmp_path):
+    path = tmp_path / "both.yaml"
+    path.write_text(GOOD.replace("resid_post.2", "resid_post.20").replace("{k: 32}", "{k: 32, lr: no}"))
+    said = saehub("recipe", "check", path)
+    assert said.code == 2 and f"{path}:6:19: extract.sites.0: site 'resid_post.20': the model has no layer 20" in said.out
+    assert f"{path}:8:50: train.a.with.lr: should be a number, got 'no'" in said.out and said.err == f"2 problems in {path}\n"
+    path.write_text(GOOD.replace("{k: 32}", "{k: 0, nonsense: 3}"))
+    for verb in ("check", "plan"):
+        said = saehub("recipe", verb, path)
+        assert f"{path}:8:42: train.a.with.k: k is 0; it must be at least 1" in said.out + said.err
+        assert f"{path}:8:45: train.a.with: unknown key 'nonsense' of native/topk" in said.out + said.err
+    path.write_text(GOOD.replace("tokens: 1e5", "tokens: 0"))  # what comes of a fault is not told beside it
+    assert saehub("recipe", "check", path).err == f"1 problem in {path}\n"
+    path.write_text(GOOD.replace("{k: 32}", "{k: 3200}"))
+    said = saehub("recipe", "check", path)
+    assert said.code == 2 and "k is 3200, the dictionary has 1280 latents" in said.out
+
+
+def test_check_leaves_a_model_that_is_elsewhere_to_the_plan(saehub, tmp_path):
+    path = tmp_path / "hub.yaml"
+    path.write_text(GOOD.replace("builtin/tiny-llama", "someone/something"))
+    assert saehub("recipe", "check", path).code == 0
+    assert "is not on this machine" in saehub("recipe", "plan", path).err
+
+
 def test_check_of_a_good_one(saehub, good):
     said = saehub("recipe", "check", good)
     assert (said.code, said.out, said.err) == (0, "bad: ok\n", f"next: saehub recipe plan {good}\n")
@@ -114,6 +139,14 @@ def test_a_bad_set_says_which(saehub, good):
     said = saehub("recipe", "check", good, "--set", "train.b.with.k=3")
     assert said.code == 2
     assert "--set train.b.with.k=3" in said.out
+
+
+def test_the_fix_of_a_bad_set_is_about_that_set(saehub, good, bad):
+    for option in ("train.nope.with.k=3", "foo", "train.a.with.k=x y"):
+        said = saehub("recipe", "plan", good, "--set", option)
+        assert said.code == 2 and "edit it" not in said.err
+        assert said.err.endswith(f"fix: correct --set {option}\n".replace("train.a.with.k=x y", "'train.a.with.k=x y'"))
+    assert f"fix: correct --set foo; edit it, then: saehub recipe check {bad}" in saehub("recipe", "run", bad, "--set", "foo").err
 
 
 @pytest.mark.parametrize("verb", ["plan", "run"])

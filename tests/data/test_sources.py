@@ -144,7 +144,12 @@ def test_bad_input_names_place_and_fix(tmp_path):
     fails(FormatError, "latin.txt", source=text)
     empty = tmp_path / "empty.jsonl"
     empty.write_text('{"text": "  "}\n')
-    fails(StageFailed, "no documents", source=empty)
+    fails(StageFailed, "holds no text", source=empty)
+    nothing = tmp_path / "nothing.txt"
+    nothing.touch()
+    fails(UsageError, "is empty", source=nothing)
+    nothing.write_text("one document")
+    fails(StageFailed, "no documents in split 'heldout'", source=nothing, split="heldout")
     word = tmp_path / "doc.docx"
     word.write_text("x")
     fails(UsageError, ".docx", source=word)

@@ -27,7 +27,8 @@ train:
 def toy(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("wrong")
     (folder / "text.txt").write_text("\n\n".join(tiny_text(200, words=60)))
-    (folder / "empty.txt").write_text("")
+    for name, text in (("empty.txt", ""), ("blank.txt", " \n\n"), ("broken.jsonl", "{\n")):
+        (folder / name).write_text(text)
     tiny_model(folder / "model")
     return folder
 
@@ -57,7 +58,10 @@ MISTAKES = [
     ("context: 32", "context: 100_000", 2, ["wrong.yaml:5:", "100000", "context:"]),
     ("saehub: 1", "saehub: 2", 2, ["wrong.yaml:1:", "format"]),
     ("batch: 128", "batch: 9_000", 2, ["wrong.yaml:8:", "4000"]),
-    ("text.txt", "empty.txt", 4, ["empty.txt", "fix"]),
+    ("text.txt", "empty.txt", 2, ["wrong.yaml:5:", "empty.txt' is empty", "0 bytes"]),
+    ("text.txt", "blank.txt", 4, ["blank.txt' holds no text", "blank space", "fix"]),
+    ("text.txt", "broken.jsonl", 4, ["broken.jsonl:1 is not JSON", "fix"]),
+    ("batch: 128", "batch: 0", 2, ["wrong.yaml:8:", "batch is 0"]),
     ("repeat: true", "repeat: false, tokens: 4_000_000", 2, ["wrong.yaml:5:", "tokens"]),
 ]
 
