@@ -9,7 +9,7 @@ import click
 
 from saehub.cli.lazy import SETTINGS
 from saehub.cli.options import json_option
-from saehub.cli.talk import out_json, say
+from saehub.cli.talk import State, out_json, say
 
 
 class Command(click.Command):
@@ -65,10 +65,12 @@ def evaluate(
 
     for wanted in formats:
         foreign.check(wanted)
+    command = click.get_current_context().ensure_object(State).command
     with watcher() as watch:
         result = single.evaluate(
-            checkpoint, evaluator, model=model, data=data, tokens=tokens, with_=dict(map(setting, settings)), out=out, listeners=(watch,)
-        )
+            checkpoint, evaluator, model=model, data=data, tokens=tokens, with_=dict(map(setting, settings)), out=out, listeners=(watch,),
+            command=command,
+        )  # fmt: skip
     written = [foreign.write(result.measurements, wanted, result.run_dir) for wanted in formats]
     if as_json:
         out_json({"run_dir": str(result.run_dir), "measurements": result.results, **({"written": written} if formats else {})})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -110,7 +111,7 @@ def _print_cautions_plainly() -> None:
 
 def run(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; every failure is told on stderr."""
-    state = State()
+    state = State(command=shlex.join(["saehub", *(sys.argv[1:] if argv is None else argv)]))
     try:
         code = cli.main(args=argv, prog_name="saehub", standalone_mode=False, obj=state)
     except BaseException as error:  # noqa: BLE001  KeyboardInterrupt and SystemExit have exit codes, too

@@ -216,7 +216,7 @@ def state(stage: Any) -> Text:
     """`cached`, `resume`, `run`, or what is missing."""
     if stage.missing and not stage.cached:
         return Text(f"missing {clean(', '.join(stage.missing))}", style="yellow")
-    return text("cached" if stage.cached else "resume" if stage.partial else "run")
+    return text("cached" if stage.cached else f"resume at step {numbers.count(stage.detail.get('resume_step'))}" if stage.partial else "run")
 
 
 def totals(made: Any) -> list[tuple[str, str]]:
@@ -247,6 +247,7 @@ def totals(made: Any) -> list[tuple[str, str]]:
 
 
 DETAILS = {
+    "resume_step": lambda value: "",  # stands under state
     "rows": lambda n: f"{numbers.count(n)} rows",
     "tokens": lambda n: f"{numbers.count(n)} tokens",
     "steps": lambda n: f"{numbers.count(n)} steps",

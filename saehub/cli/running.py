@@ -39,9 +39,10 @@ def _run_plan(plan: Plan, readers: list[Any], recipe_text: str | None, as_json: 
     from saehub.pipeline.evaluate import measurement
     from saehub.pipeline.run import run
 
+    state = click.get_current_context().ensure_object(State)
     if as_json:
-        click.get_current_context().ensure_object(State).lines = True
-        result = run(plan, (json_line, *readers), recipe_text=recipe_text)
+        state.lines = True
+        result = run(plan, (json_line, *readers), recipe_text=recipe_text, command=state.command)
         if not quiet:
             out_json_line(summary(result))
         return OK
@@ -50,7 +51,7 @@ def _run_plan(plan: Plan, readers: list[Any], recipe_text: str | None, as_json: 
     say(f"run folder: {plan.run_dir}")
     try:
         with watcher() as watch:
-            result = run(plan, (watch, *readers), recipe_text=recipe_text)
+            result = run(plan, (watch, *readers), recipe_text=recipe_text, command=state.command)
     except Interrupted:
         raise
     except SaehubError:

@@ -80,12 +80,18 @@ def show(run: str, as_json: bool) -> None:
 
     found = _find(run)
     if as_json:
-        return out_json({"run": {**_row(found), "card": found.card}, "measurements": [item.to_json() for item in found.measurements]})
+        state = {"stages": found.stages(), "resume": found.resume}
+        return out_json({"run": {**_row(found), **state, "card": found.card}, "measurements": [item.to_json() for item in found.measurements]})
     from saehub.cli import render
 
     out(str(found.path))
     for section, lines in by_section(fact for fact in facts(found) if fact.known):
         render.facts([(fact.name, fact.value) for fact in lines], title=section)
+    if found.resume:
+        render.facts(list(found.stages().items()), title=f"Stages ({found.status})")
+        say(f"\nto go on: {clean(found.resume)}" + (" (unless it is at work)" if found.status == "unfinished" else ""))
+    if not found.card and not found.measurements:
+        return None
     for title, items in (("Not measured", not_measured(found)), ("Known limits", limits(found))):
         if items:
             render.facts([("", item) for item in items], title=title)

@@ -27,6 +27,8 @@ class State:
     """`--json` was given: a failure is then also an object on stdout."""
     lines: bool = False
     """stdout is one JSON object a line: a failure is the last line."""
+    command: str | None = None
+    """What was typed."""
 
 
 def colour(stream: TextIO) -> bool:

@@ -37,7 +37,11 @@ class Looper(Progress):
                 self.save()
                 saved = time.monotonic()
             if stopped and not self.done:
-                raise Interrupted("stopped; the job's state is saved", fix="the same command goes on from here")
+                raise Interrupted(
+                    "stopped; the job's state is saved",
+                    where=f"{self.job.id} at step {self.step:,} of {self.job.steps:,}",
+                    fix="the same command goes on from here",
+                )
         self.tell(force=True)
 
 

@@ -272,7 +272,8 @@ class _Planner:
             "rows": rows,
             "calibration": calibration,
             "repeat": repeat,
-            "seed": derive("tokens", name, self.recipe.seed),
+            # Text to evaluate on is the same whatever the seed, so that runs over seeds are compared on the same sequences.
+            "seed": derive("tokens", name, self.recipe.seed if name == "train" else 0),
         }
         key = keys.stage_key("tokens", **{**spec, "mix": [self.source_identity(entry) for entry in mix]}, tokenizer=self.fingerprint)
         text = " + ".join(f"{entry.source} ({entry.split})" for entry in mix)
@@ -501,9 +502,11 @@ class _Planner:
             from saehub.pipeline.environment import same_place
 
             cached = same_place(self.store.manifest(stage.kind, stage.key).get("environment", {}))
-        partial = not cached and stage.kind == "train" and any(self.store.state_path(stage.key).glob("step-*"))
+        states = sorted(self.store.state_path(stage.key).glob("step-*")) if stage.kind == "train" and not cached else []
+        if states:
+            stage.detail["resume_step"] = int(states[-1].name.removeprefix("step-"))
         missing = tuple(self.catalog.missing(registered)) if registered else ()
-        return replace(stage, where=self.store.path(stage.kind, stage.key), cached=cached, partial=partial, missing=missing)
+        return replace(stage, where=self.store.path(stage.kind, stage.key), cached=cached, partial=bool(states), missing=missing)
 
     def _totals(self) -> dict[str, Any]:
         extract, rows = self.recipe.extract, self.stream["rows"]

@@ -54,8 +54,11 @@ def run_recipe(recipe: str | Path, *, set: Mapping[str, Any] | Iterable[str] = (
     return run(make_plan(resolved, found, out=Path(out) if out else None, locate=locator(recipe, overrides, found)), listeners)
 
 
-def run(plan: Plan, listeners: Iterable[Listener] = (), *, recipe_text: str | None = None) -> RunResult:
-    """Do what `plan` says. Raises the first stage's error at the end; other stages' results are kept."""
+def run(plan: Plan, listeners: Iterable[Listener] = (), *, recipe_text: str | None = None, command: str | None = None) -> RunResult:
+    """Do what `plan` says. Raises the first stage's error at the end; other stages' results are kept.
+
+    `recipe_text` is the recipe as it was given, `command` the command line that goes on with this run: both are only written down.
+    """
     started = time.monotonic()
     plan = _ready(plan)
     for stage in plan.stages:
@@ -63,7 +66,7 @@ def run(plan: Plan, listeners: Iterable[Listener] = (), *, recipe_text: str | No
             plan.catalog.require(plan.catalog.find(_kind_of(stage), stage.component))
     _refusals(plan)
     events = Events(listeners)
-    _open_run_dir(plan, recipe_text)
+    _open_run_dir(plan, recipe_text, command)
     log = EventLog(plan.run_dir / "events.jsonl")
     events.add(log)
     context = Context(plan, events)
@@ -142,7 +145,7 @@ def _kind_of(stage: Stage) -> str:
     return {"train": "trainer", "evaluate": "evaluator", "export": "exporter"}[stage.kind]
 
 
-def _open_run_dir(plan: Plan, recipe_text: str | None) -> None:
+def _open_run_dir(plan: Plan, recipe_text: str | None, command: str | None) -> None:
     import yaml
 
     from saehub.recipe import to_plain
@@ -154,6 +157,7 @@ def _open_run_dir(plan: Plan, recipe_text: str | None) -> None:
         lock = {
             "schema": 1,
             "recipe": to_plain(plan.recipe),
+            "command": command,
             "model_fingerprint": plan.fingerprint,
             "stages": {stage.id: {"kind": stage.kind, "key": stage.key, "where": stage.where.relative_to(plan.base).as_posix()} for stage in plan.stages},
             "components": {item.address: item.library_versions() for item in _registered(plan)},

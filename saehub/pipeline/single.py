@@ -95,8 +95,8 @@ def _split(source: str, trained_on: set[str]) -> str:
     return "all" if source not in trained_on and is_local(source) else "heldout"
 
 
-def evaluate(checkpoint: str, evaluator: str, *, listeners: Iterable[Listener] = (), out: Path | None = None, **what: Any) -> RunResult:
-    """Evaluate one checkpoint; keywords are those of `recipe_for`. A RecipeError names options of `saehub eval`, not lines of that recipe."""
+def evaluate(checkpoint: str, evaluator: str, *, listeners: Iterable[Listener] = (), out: Path | None = None, command: str | None = None, **what: Any) -> RunResult:
+    """Evaluate one checkpoint; keywords are those of `recipe_for` and `run`. A RecipeError names options of `saehub eval`, not lines of that recipe."""
     import yaml
 
     from saehub.errors import RecipeError
@@ -119,7 +119,7 @@ def evaluate(checkpoint: str, evaluator: str, *, listeners: Iterable[Listener] =
     except RecipeError as error:
         raise RecipeError(refused, error.problems, why=None if error.problems else error.what, fix=None if error.problems else error.fix) from error
     try:
-        return run(plan, listeners, recipe_text=text)
+        return run(plan, listeners, recipe_text=text, command=command)
     except SaehubError as error:
         if error.where and error.where.startswith(("data.", "model", "extract.")):
             place = at(error.where, error.what).file

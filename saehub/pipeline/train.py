@@ -125,17 +125,11 @@ def run_pass(context: Context, stages: list[Stage]) -> None:
             except SaehubError as error:
                 failed(context, stage, error)
                 raise
-        start, begun = min(trainee.next_row for trainee in trainees), time.monotonic()
-        for index in range(stream.block_of(start) if any(not t.done for t in trainees) else stream.n_blocks, stream.n_blocks):
-            if all(trainee.done for trainee in trainees):
-                break
-            block = stream.block(index)
-            for trainee in trainees:
-                _feed(trainee, block, context)
-            if context.stop.is_set():
-                raise Interrupted("stopped; every job's state is saved", fix="the same command goes on from here")
-            stream.used(index)
-        elapsed = time.monotonic() - begun
+        try:
+            elapsed = _pass(context, stream, trainees)
+        except Interrupted as error:
+            error.where = ", ".join(f"{trainee.job.id} at step {trainee.step:,} of {trainee.job.steps:,}" for trainee in trainees)
+            raise
         for trainee in trainees:
             if trainee.error is None:
                 trainee.tell(force=True)
@@ -143,6 +137,21 @@ def run_pass(context: Context, stages: list[Stage]) -> None:
     errors = [trainee.error for trainee in trainees if trainee.error]
     if errors:
         raise errors[0]
+
+
+def _pass(context: Context, stream: HubStream, trainees: list[Trainee]) -> float:
+    """Feed every block to every job from where they are; seconds that took."""
+    start, begun = min(trainee.next_row for trainee in trainees), time.monotonic()
+    for index in range(stream.block_of(start) if any(not t.done for t in trainees) else stream.n_blocks, stream.n_blocks):
+        if all(trainee.done for trainee in trainees):
+            break
+        block = stream.block(index)
+        for trainee in trainees:
+            _feed(trainee, block, context)
+        if context.stop.is_set():
+            raise Interrupted("stopped; every job's state is saved", fix="the same command goes on from here")
+        stream.used(index)
+    return time.monotonic() - begun
 
 
 def _feed(trainee: Trainee, block: Any, context: Context) -> None:

@@ -239,4 +239,4 @@ class Recipe:
     export: tuple[UseEntry, ...] = ()
     """Formats to export to."""
     seed: Annotated[int, Ge(0)] = 0
-    """All randomness derives from it and from ids."""
+    """All randomness derives from it and from ids, but for the text under `data.eval`: that is the same for every seed."""

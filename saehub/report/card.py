@@ -60,6 +60,9 @@ def by_section(facts: Iterable[Fact]) -> list[tuple[str, list[Fact]]]:
 
 def _sections(run: RunFolder) -> Iterator[tuple[str, Iterable[tuple[str, Any]]]]:
     card = run.card
+    if not card:  # it did not get so far as to write one
+        yield "Run", [*_run(run), ("started", numbers.moment(run.when)), ("recipe", run.lock.get("recipe", {}).get("name"))]
+        return
     yield "Model", _model(card.get("model"))
     for name, entry in (card.get("data") or {}).items():
         yield f"Text: {dataset_label(name)}", _dataset(entry or {})
@@ -174,7 +177,7 @@ def _run(run: RunFolder) -> Iterator[tuple[str, Any]]:
     yield "written", card.get("written")
     yield "wall time", numbers.duration(card.get("seconds"))
     cached = [name for name, stage in (card.get("stages") or {}).items() if (stage or {}).get("status") == "cached"]
-    yield "from the cache", ", ".join(cached) or "nothing"
+    yield "from the cache", (", ".join(cached) or "nothing") if card else None
     yield "resume", card.get("resume")
     yield "lock file", "recipe.lock" if (run.path / "recipe.lock").is_file() else None
 
@@ -182,12 +185,15 @@ def _run(run: RunFolder) -> Iterator[tuple[str, Any]]:
 def wanted(run: RunFolder) -> list[tuple[str, str | None]]:
     """(words, why it was not measured) of everything in `WANTED`; None for what was."""
     measured = [row for row in run.measurements if row.status == "ok"]
+    undone = [name for name, stage in (run.card.get("stages") or {}).items() if (stage or {}).get("status") == "not finished"]
     found: list[tuple[str, str | None]] = []
     for beginnings, words, maker in WANTED:
         if any(row.metric.startswith(beginnings) for row in measured):
             found.append((words, None))
             continue
         reason = next((row.reason for row in run.measurements if row.metric.startswith(beginnings) and row.reason), None)
+        lost = next((stage for stage in undone if stage.startswith(f"evaluate/{maker.partition(',')[0]}/")), None)
+        reason = reason or (f"{lost} did not finish" if lost else None)
         found.append((words, reason or f"no evaluator of this run does; {maker} would"))
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -80,6 +81,31 @@ class RunFolder:
     def when(self) -> float | None:
         """Seconds since the epoch at which the run (last) started."""
         return next((event.t for event in reversed(self.events) if event.kind == "run_started"), None)
+
+    def stages(self) -> dict[str, str]:
+        """What became of each stage since the run last started, in its own order: `finished`, `cached`, `failed: …`, `begun: 316 of 3,906 steps`
+        or `not begun`; empty where no events tell."""
+        found: dict[str, str] = {}
+        for event in self.events:
+            if event.kind == "run_started":
+                found = dict.fromkeys(event.data.get("stages") or (), "not begun")
+            elif event.kind in ("stage_finished", "stage_cached"):
+                found[event.stage] = event.kind.removeprefix("stage_")
+            elif event.kind == "stage_failed":
+                found[event.stage] = f"failed: {(event.data.get('error') or {}).get('what', '')}"
+            elif event.kind == "stage_started":
+                found[event.stage] = "begun"
+            elif event.kind == "progress" and event.data.get("total"):
+                done, total, unit = (event.data.get(name) for name in ("done", "total", "unit"))
+                found[event.stage] = f"begun: {done:,} of {total:,} {unit or ''}".rstrip()
+        return found
+
+    @property
+    def resume(self) -> str | None:
+        """The command that goes on with a run which is not finished."""
+        if self.status not in ("failed", "interrupted", "unfinished"):
+            return None
+        return self.lock.get("command") or shlex.join(["saehub", "recipe", "run", str(self.path / "recipe.yaml"), "--out", str(self.path)])
 
     def checkpoints(self) -> dict[str, Path]:
         """`{"native-k32": folder}` of the finished checkpoints."""

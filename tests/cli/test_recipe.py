@@ -149,6 +149,13 @@ def test_the_fix_of_a_bad_set_is_about_that_set(saehub, good, bad):
     assert f"fix: correct --set foo; edit it, then: saehub recipe check {bad}" in saehub("recipe", "run", bad, "--set", "foo").err
 
 
+def test_the_text_of_an_evaluation_is_the_same_for_every_seed(saehub):
+    """Else runs over seeds are measured on other sequences, and nothing of them is comparable."""
+    plans = [saehub("recipe", "plan", "topk-llama", "--set", f"seed={seed}", "--json").data["plan"]["stages"] for seed in (0, 1)]
+    same = {a["id"] for a, b in zip(*plans, strict=True) if a["key"] == b["key"]}
+    assert same == {stage["id"] for stage in plans[0] if stage["kind"] == "tokens"} - {"tokens/train"} and len(same) == 2
+
+
 @pytest.mark.parametrize("verb", ["plan", "run"])
 def test_what_only_a_plan_can_see_has_its_place_too(saehub, tmp_path, verb):
     path = tmp_path / "wide.yaml"
@@ -252,7 +259,7 @@ def fake_pipeline(monkeypatch, fake_run, tmp_path):
 
     seen = SimpleNamespace(text=None, error=None)
 
-    def run(plan, listeners=(), *, recipe_text=None):
+    def run(plan, listeners=(), *, recipe_text=None, command=None):
         seen.text = recipe_text
         for listener in listeners:
             listener(Event("stage_started", "train/a", {}, 10.0))

@@ -50,6 +50,7 @@ def test_plan_table(home, capsys):
                 "d_in": 160,
                 "d_sae": 1280,
                 "memory": 173_000_000,
+                "resume_step": 1234,
             },
         ),
         Stage("evaluate/x/y", "evaluate", "cccccccccccc", Path(), "x/y", detail={"datasets": ["in_sample", "out_of_sample"]}),

@@ -48,6 +48,40 @@ def test_show(saehub, two_runs):
     assert len(data["measurements"]) == 31
 
 
+def test_show_of_an_interrupted_run_says_how_far_it_is_and_how_to_go_on(saehub, home):
+    run = home / "runs" / "long-1a2b"
+    run.mkdir(parents=True)
+    stages = ["tokens/train", "tokens/in_sample", "train/a", "evaluate/native/core/a"]
+    events = [
+        ("run_started", None, {"stages": stages}),
+        ("stage_cached", "tokens/train", {}),
+        ("stage_started", "tokens/in_sample", {}),
+        ("stage_finished", "tokens/in_sample", {}),
+        ("stage_started", "train/a", {}),
+        ("progress", "train/a", {"done": 353, "total": 3906, "unit": "steps"}),
+        ("interrupted", None, {"error": {"what": "stopped"}}),
+    ]
+    (run / "events.jsonl").write_text("".join(json.dumps({"kind": k, "stage": s, "data": d, "t": 1e9 + i}) + "\n" for i, (k, s, d) in enumerate(events)))
+    (run / "recipe.lock").write_text(json.dumps({"recipe": {"name": "long"}, "command": "saehub recipe run 'my long.yaml' --set seed=3"}))
+    said = saehub("runs", "show", "long")
+    assert said.code == 0 and "to go on: saehub recipe run 'my long.yaml' --set seed=3" in said.err
+    shown = [line.split(maxsplit=1) for line in said.out.splitlines()]
+    for line in (
+        ["status", "interrupted"],
+        ["tokens/train", "cached"],
+        ["tokens/in_sample", "finished"],
+        ["train/a", "begun: 353 of 3,906 steps"],
+        ["evaluate/native/core/a", "not begun"],
+    ):
+        assert line in shown, line
+    for wrong in ("activations from files", "from the cache", "Not measured", "no measurements"):
+        assert wrong not in said.out
+    data = saehub("runs", "show", "long", "--json").data["run"]
+    assert data["stages"]["train/a"].startswith("begun") and data["resume"].startswith("saehub recipe run")
+    (run / "recipe.lock").write_text(json.dumps({"recipe": {"name": "long"}}))  # started from Python
+    assert f"saehub recipe run {run / 'recipe.yaml'} --out {run}" in saehub("runs", "show", "long").err
+
+
 def test_show_what_is_not_there(saehub, two_runs):
     said = saehub("runs", "show", "topk-lama-1a2b")
     assert said.code == 2 and "did you mean 'topk-llama-1a2b'?" in said.err
@@ -167,7 +201,7 @@ def replayed(home, monkeypatch, fake_run):
 
     seen = SimpleNamespace(change=lambda folder: None, base=None, recipe=None)
 
-    def run(plan, listeners=(), *, recipe_text=None):
+    def run(plan, listeners=(), *, recipe_text=None, command=None):
         fake_run.write(plan.run_dir)
         (plan.base / "store").mkdir(parents=True)
         seen.change(plan.run_dir)

@@ -108,7 +108,9 @@ def test_interrupt_saves_and_resumes_exactly(toy, tmp_path):
     with pytest.raises(Interrupted) as stopped:
         go(toy, tmp_path / "stopped", listeners=[stop])
     assert stopped.value.exit_code == 130 and "same command" in stopped.value.fix
+    assert f"b at step {steps[0]} of" in stopped.value.where
     plan = planned(toy, tmp_path / "stopped")
+    assert plan.stage("train/b").detail["resume_step"] == steps[0]
     assert plan.stage("train/b").partial and plan.stage("tokens/train").cached
     resumed, events = go(toy, tmp_path / "stopped")
     assert any("going on from step" in event.data.get("text", "") for event in events)
