@@ -134,7 +134,7 @@ def real_rows(model: ModelHandle, site: str, rows: int, length: int | None = Non
         raise UsageError(f"sequences of {context} tokens, and the model accepts {model.shape.context}", fix="leave --model out")
     contexts, kept = [], range(4, context, 4) if length is None else range(context)
     for document in documents("builtin/python-docs", "heldout"):
-        ids = model.tokenizer(document.text, add_special_tokens=False)["input_ids"] if len(document.text) > 400 else []
+        ids = model.tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"] if len(document.text) > 400 else []
         contexts += [ids[start : start + context] for start in range(0, len(ids) - context + 1, context)][:4]
         if len(contexts) * len(kept) >= rows:
             break

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -81,6 +82,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if hasattr(stream, "reconfigure"):  # a terminal that cannot write "±" gets "?", not a crash
             stream.reconfigure(errors="replace")
     _print_cautions_plainly()
+    # `kill PID` ends a command as Ctrl-C does: what it began to write is removed. (A run saves its state first.)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     # torch's OpenMP threads spin for milliseconds after every operation, on cores that extraction and trainers could use.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     code = run(argv)

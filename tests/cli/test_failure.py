@@ -237,6 +237,19 @@ def test_ctrl_c_is_130():
     assert "Traceback" not in done.stderr and "interrupted" in done.stderr
 
 
+def test_kill_ends_a_conversion_as_ctrl_c_does(tmp_path):
+    """`kill PID` while both sides run: exit code 130, and nothing is left of what was being written."""
+    code = (
+        "import os, signal, sys, time\nfrom saehub.cli import main\nfrom saehub.checkpoint import convert\nfrom saehub.checkpoint.format import save\n"
+        "from saehub.testing.saes import random_sae\n"
+        "convert._certify = lambda *a: (print(*os.listdir()), os.kill(os.getpid(), signal.SIGTERM), time.sleep(20))\n"
+        "save(random_sae('relu'), 'source')\nmain.main(['convert', 'source', 'target', '--to', 'saehub'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert done.returncode == 130 and "Traceback" not in done.stderr and "interrupted" in done.stderr, done.stderr
+    assert ".target." in done.stdout and [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
 def test_a_terminal_without_unicode_gets_question_marks(tmp_path, fake_run):
     fake_run.write(tmp_path / "runs" / "a")
     done = program("runs", "show", "a", env={"PYTHONIOENCODING": "ascii", "SAEHUB_HOME": str(tmp_path), "COLUMNS": "160"})
