@@ -10,7 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from functools import lru_cache
 from importlib import metadata, util
 from pathlib import Path
@@ -58,8 +58,17 @@ class Registered:
         return _load(self.component.target, self)
 
     def load_config(self) -> type | None:
-        """The config dataclass, or None."""
-        return _load(self.component.config, self) if self.component.config else None
+        """The config dataclass, or None; anything else is an error that says so."""
+        if not self.component.config:
+            return None
+        config = _load(self.component.config, self)
+        if not (isinstance(config, type) and is_dataclass(config)):
+            raise StageFailed(
+                f"the config {self.component.config!r} of {self.address} is not a dataclass",
+                where=f"{self.distribution} {self.version}",
+                fix="put @dataclass(frozen=True) above the class, with a default for every setting that has one",
+            )
+        return config
 
     def library_versions(self) -> dict[str, str]:
         """Version of the plugin's own distribution and of those that hold the `requires` modules (absent ones left out)."""
@@ -84,6 +93,12 @@ def _load(target: str, registered: Registered) -> Any:
     try:
         value = importlib.import_module(module_name)
         for part in attribute.split("."):
+            if not hasattr(value, part):
+                raise StageFailed(
+                    f"{registered.address} points at {target!r}, but {module_name} has no {attribute!r}{did_you_mean(part, dir(value))}",
+                    where=f"{registered.distribution} {registered.version}",
+                    fix="correct `target` or `config` in the plugin's registration",
+                )
             value = getattr(value, part)
     except SaehubError:
         raise
@@ -161,6 +176,14 @@ class Catalog:
         if by_bare:
             raise UsageError(
                 f"{kind} {name!r} is provided by {len(by_bare)} plugins", fix=f"write one of: {', '.join(item.address for item in by_bare)}"
+            )
+        plugin, slash, _ = name.partition("/")
+        row = next((row for row in self._rows if slash and row.plugin == plugin), None)
+        if row is not None and row.status != "ok":
+            raise UsageError(
+                f"{kind} {name!r} belongs to the plugin {plugin!r}, which is {'broken' if row.error else 'switched off'}",
+                why=row.error and row.error.splitlines()[0],
+                fix=f"mend or uninstall {row.distribution} (saehub plugins ls --trace)" if row.error else "unset SAEHUB_DISABLE_PLUGINS",
             )
         other = next((item.kind for row in self._rows for item in row.components if name in (item.address, item.name)), None)
         if other is not None:
@@ -342,7 +365,7 @@ def _results(manager: Any, hook_name: str, row: PluginRow) -> list[Any]:
     for implementation in getattr(manager.hook, hook_name).get_hookimpls():
         result = implementation.function()
         if result is None:
-            continue
+            raise UsageError(f"{hook_name} returned None", where=f"plugin {row.plugin}", fix="return a list, or delete the hook")
         if isinstance(result, (str, bytes)) or not isinstance(result, Iterable):
             raise UsageError(f"{hook_name} returned a {type(result).__name__}", where=f"plugin {row.plugin}", fix="return a list")
         found += list(result)

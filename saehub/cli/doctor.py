@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -84,7 +85,7 @@ def _recipe(name: str, overrides: list[str], as_json: bool) -> int:
             say(f"{check.name}: {check.fix}")
     if not checks:
         say("nothing is trained or loaded by this recipe: there is nothing to check")
-    say(f"next: {'mend the above, and ask again' if code == FAILED else f'saehub recipe run {name}'}")
+    say(f"next: {'mend the above, and ask again' if code == FAILED else f'saehub recipe run {shlex.quote(name)}'}")
     return code
 
 

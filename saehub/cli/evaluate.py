@@ -86,16 +86,16 @@ def evaluate(
     return STAGE if any(row.status == "failed" for row in result.measurements) else OK
 
 
-def setting(text: str) -> tuple[str, object]:
-    """`k=64` as (`k`, 64), the value read by the rules of a recipe."""
-    from saehub.errors import RecipeError, UsageError
+def setting(text: str, form: str = "KEY=VALUE, such as --set memory=1e9") -> tuple[str, object]:
+    """`k=64` as (`k`, 64), the value read by the rules of a recipe; `form` is what the option should look like."""
+    from saehub.errors import UsageError
     from saehub.recipe.load import load_text
     from saehub.recipe.tree import plain
 
     name, equals, value = text.partition("=")
     if not equals or not name.strip():
-        raise UsageError(f"--set {text} is not KEY=VALUE", fix="--set memory=1e9")
+        raise UsageError(f"--set {text} has no {'value' if name.strip() else 'name'}", fix=f"--set {form}")
     document = load_text(value, f"--set {text}")
     if document.problems:
-        raise RecipeError(f"--set {text} cannot be read", document.problems)
+        raise UsageError(f"--set {text} cannot be read", why=document.problems[0].message, fix=f"--set {form}")
     return name.strip(), None if document.root is None else plain(document.root)

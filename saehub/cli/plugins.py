@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import click
@@ -135,7 +136,8 @@ def check(name: str, settings: tuple[str, ...], folders: tuple[str, ...], as_jso
     if as_json:
         out_json({"ok": all(report.ok for report in reports), "components": [report.to_json() for report in reports]})
     broken = [report.component for report in reports if not report.ok]
-    say(f"{len(reports)} components, " + (f"{len(broken)} break a promise: {', '.join(broken)}" if broken else "every promise kept"))
+    count = f"{len(reports)} component{'s' if len(reports) != 1 else ''}"
+    say(f"{count}, " + (f"{len(broken)} break{'s' if len(broken) == 1 else ''} a promise: {', '.join(broken)}" if broken else "every promise kept"))
     return FAILED if broken else OK
 
 
@@ -145,11 +147,12 @@ def _settings(texts: tuple[str, ...]) -> dict[str, dict]:
     from saehub.errors import UsageError
 
     found: dict[str, dict] = {}
+    form = "COMPONENT.KEY=VALUE, such as --set topk.k=4"
     for text in texts:
-        path, value = setting(text)
+        path, value = setting(text, form)
         component, dot, key = path.partition(".")
         if not dot or not key:
-            raise UsageError(f"--set {text} names no component", fix="--set COMPONENT.KEY=VALUE, such as topk.k=4")
+            raise UsageError(f"--set {text} names no component", fix=f"--set {form}")
         found.setdefault(component, {})[key] = value
     return found
 
@@ -161,7 +164,8 @@ def _folders(texts: tuple[str, ...]) -> dict[str, dict[str, Path]]:
     for text in texts:
         component, equals, path = text.partition("=")
         if not equals or not Path(path).exists():
-            raise UsageError(f"--folder {text}: {path or 'nothing'} does not exist", fix="--folder COMPONENT=PATH, such as openai=checkpoints/6.pt")
+            what = f"--folder {text}: {path or 'the path'} does not exist" if equals else f"--folder {text} names no component"
+            raise UsageError(what, fix="--folder COMPONENT=PATH, such as --folder openai=checkpoints/6.pt")
         found.setdefault(component, {})[Path(path).name] = Path(path)
     return found
 
@@ -177,5 +181,5 @@ def new(directory: Path, name: str | None, kinds: str) -> None:
     written = write_plugin(directory, name or directory.absolute().name, [kind.strip() for kind in kinds.split(",") if kind.strip()])
     for path in written:
         click.echo(path)
-    say(f"\nnext: cd {directory} && uv run pytest")
+    say(f"\nnext: cd {shlex.quote(str(directory))} && uv run pytest")
     say("then replace what is inside; plugins/README.md of saehub is the tutorial")

@@ -81,12 +81,12 @@ def cp(name: str, destination: Path, force: bool) -> None:
     if target.suffix not in (".yaml", ".yml"):
         target = target.with_name(target.name + ".yaml")
     if target.exists() and not force:
-        raise UsageError(f"{target} exists", fix=f"another name, or: saehub recipe cp {name} {target} --force")
+        raise UsageError(f"{target} exists", fix=f"another name, or: saehub recipe cp {shlex.join([name, str(target)])} --force")
     if not target.parent.is_dir():
-        raise UsageError(f"the folder {target.parent} does not exist", fix=f"mkdir -p {target.parent}")
+        raise UsageError(f"the folder {target.parent} does not exist", fix=f"mkdir -p {shlex.quote(str(target.parent))}")
     target.write_bytes(source.read_bytes())
     out(str(target))
-    say(f"next: saehub recipe check {target}")
+    say(f"next: saehub recipe check {shlex.quote(str(target))}")
 
 
 @recipe.command("check")
@@ -114,7 +114,7 @@ def check(name: str, overrides: tuple[str, ...], as_json: bool) -> int:
         show_problem(problem, err=False)
     if code == OK and not problems:
         out(f"{clean(found.name)}: ok")
-    say(_count(problems, name) if problems else f"next: saehub recipe plan {name}")
+    say(_count(problems, name) if problems else f"next: saehub recipe plan {shlex.quote(name)}")
     return code
 
 

@@ -48,7 +48,7 @@ def write_plugin(directory: Path, name: str, kinds: Collection[str] = KINDS) -> 
         )
     if not re.fullmatch(r"[a-z][a-z0-9]*([-_][a-z0-9]+)*", name):
         raise UsageError(
-            f"{name!r} cannot name a plugin", where="--name", fix="lower-case letters, digits and single hyphens, such as saehub-something"
+            f"{name!r} cannot name a plugin", where="--name", fix="lower-case letters, digits and single hyphens: --name saehub-something"
         )
     short = name.removeprefix("saehub-")
     _refuse_taken(name, short)

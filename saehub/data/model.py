@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
@@ -229,6 +231,20 @@ def resolve_device(device: str) -> str:
     return device
 
 
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """transformers without its progress bars: stderr is ours."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def torch_dtype(name: str) -> torch.dtype:
     """float32, bfloat16 or float16 as torch's object."""
     import torch
@@ -285,11 +301,9 @@ class ModelHandle:
             "attn_implementation": spec.attention,
             "revision": spec.revision,
         }
-        logging = transformers.utils.logging
-        bars = logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()
         try:
-            hf = getattr(transformers, kind).from_pretrained(where, **settings)
+            with no_bars():
+                hf = getattr(transformers, kind).from_pretrained(where, **settings)
         except Exception as error:
             offline = isinstance(where, str) and not any(
                 file for kind in ("safetensors", "bin") for file in local_files(where, spec.revision).glob(f"*.{kind}")
@@ -304,9 +318,6 @@ class ModelHandle:
                 if "attention implementation" in str(error)
                 else "check that the directory is whole, and model.dtype and model.attention",
             ) from error
-        finally:
-            if bars:
-                logging.enable_progress_bar()
         hf = hf.to(device).eval().requires_grad_(False)
         words = load_tokenizer(spec) if tokenizer else None
         return cls(hf, words, device, shape_of(config, spec.name), spec, fingerprint(spec))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,7 +43,7 @@ def evaluate_stages(context: Context, stages: list[Stage]) -> None:
         extractor=context.extractor if local and "tokens" in needs else None,
         emit=emit,
     )
-    rows = [replace(row, version=row.version or registered.version) for row in evaluator.evaluate(request)]
+    rows = [replace(row, version=row.version or registered.version) for row in rows_of(evaluator.evaluate(request), registered.address)]
     _check_rows(rows, registered.address, [subject.id for subject in request.subjects])
     seconds = time.monotonic() - started
     for stage in stages:
@@ -89,10 +90,20 @@ def subject_spec(name: str, path: Path, site: str | None = None) -> dict[str, An
     return {"id": name, "path": str(path), "site": site or known.get("site"), "target_site": known.get("target_site")}
 
 
+def rows_of(returned: Any, address: str) -> list[Measurement]:
+    """What an evaluator's `evaluate` gave; StageFailed unless that is Measurement rows."""
+    if not isinstance(returned, Iterable) or isinstance(returned, (str, bytes, Mapping)):
+        what = "nothing (None)" if returned is None else f"a {type(returned).__name__}"
+        raise StageFailed(f"evaluate of {address} returned {what}", fix="it returns a list of saehub.Measurement rows, or yields them")
+    rows = list(returned)
+    strange = next((row for row in rows if not isinstance(row, Measurement)), None)
+    if strange is not None:
+        raise StageFailed(f"evaluate of {address} returned a {type(strange).__name__} among its rows", fix="every row is a saehub.Measurement")
+    return rows
+
+
 def _check_rows(rows: list[Measurement], address: str, ids: list[str]) -> None:
     for row in rows:
-        if not isinstance(row, Measurement):
-            raise StageFailed(f"{address} returned a {type(row).__name__}", fix="an evaluator returns saehub.Measurement rows")
         foreign = set(row.subjects) - set(ids)
         if foreign:
             raise StageFailed(f"{address} measured {sorted(foreign)[0]!r}, which it was not given", where=row.metric)

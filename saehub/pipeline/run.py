@@ -63,7 +63,10 @@ def run(plan: Plan, listeners: Iterable[Listener] = (), *, recipe_text: str | No
     plan = _ready(plan)
     for stage in plan.stages:
         if stage.component and not stage.cached:
-            plan.catalog.require(plan.catalog.find(_kind_of(stage), stage.component))
+            registered = plan.catalog.find(_kind_of(stage), stage.component)
+            plan.catalog.require(registered)
+            if not registered.component.requires:  # one that lives in a worker is imported there only
+                registered.load()
     _refusals(plan)
     events = Events(listeners)
     _open_run_dir(plan, recipe_text, command)

@@ -33,7 +33,8 @@ def check_config(component: Component | Registered, address: str, node: Node, pr
     try:
         cls = config_class(component)
     except SaehubError as error:
-        problems.append(Problem.at(named.mark, named.path, error.what, error.fix))
+        said = (error.said or "").strip().splitlines()
+        problems.append(Problem.at(named.mark, named.path, error.what + (f": {said[-1]}" if said else ""), error.fix))
         return None
     except Exception as error:
         problems.append(Problem.at(named.mark, named.path, f"the settings of {address} cannot be loaded: {type(error).__name__}: {error}", "saehub plugins ls"))

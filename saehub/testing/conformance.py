@@ -88,10 +88,16 @@ def run_checks(
     try:
         for name, check in checks:
             if only is None or name in only:
-                rows.append(_run_check(name, check))
+                rows.append(_told_once(_run_check(name, check), rows))
     finally:
         close()
     return ConformanceReport(kind, component, tuple(rows))
+
+
+def _told_once(check: Check, before: Sequence[Check]) -> Check:
+    """What broke an earlier promise in the same words is named, not repeated."""
+    first = None if check.ok else next((other.name for other in before if not other.ok and other.detail == check.detail), None)
+    return check if first is None else Check(check.name, False, f"as above: {first}")
 
 
 def _run_check(name: str, check: Callable[[], str | None]) -> Check:
@@ -107,6 +113,8 @@ def _run_check(name: str, check: Callable[[], str | None]) -> Check:
 def _seen(error: BaseException) -> str:
     if isinstance(error, (CheckFailed, AssertionError)):
         return str(error) or "assertion failed"
+    if isinstance(error, SaehubError):
+        return " — ".join(part for part in (error.what, error.why, error.fix, error.said) if part)
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {error}{where}"

@@ -91,7 +91,9 @@ class Bench:
 
     def rows(self, context: HubEvalContext) -> list[Measurement]:
         """The evaluator's measurements, from its plugin's worker where it has one."""
-        return list(self.subject.make().evaluate(context))
+        from saehub.pipeline.evaluate import rows_of
+
+        return rows_of(self.subject.make().evaluate(context), self.subject.name)
 
     def measured(self, ids: tuple[str, ...] | None = None, lm_batch: int = 4) -> list[Measurement]:
         """`rows`, remembered."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ def check_plugin(
         known = {word for item in row.components for word in (item.name, item.address)}
         unknown = sorted(set(given) - known)
         if unknown:
-            raise UsageError(f"{row.plugin} has no component {unknown[0]!r}{did_you_mean(unknown[0], known)}", fix=f"one of: {', '.join(sorted(known))}")
+            raise UsageError(f"{row.plugin} has no component {unknown[0]!r}{did_you_mean(unknown[0], known)}", fix=f"one of: {', '.join(item.name for item in row.components)}")
     with Components() as workers:
         for item in row.components:
             if item.kind not in KINDS:  # a format of result files: there is no suite for it
@@ -73,8 +73,6 @@ def _check(item: Registered, settings: Mapping[str, Any] | None, folders: Mappin
     try:
         catalog().require(item)
         config = item.load_config()
-        if config is not None and not is_dataclass(config):
-            return untried(f"its config {item.component.config} is not a dataclass")
         with_ = dict(getattr(config, "EXAMPLE", {})) | dict(settings or {})
         needed = [f.name for f in fields(config) if f.default is MISSING and f.default_factory is MISSING and f.name not in with_] if config else []
         if needed:
@@ -86,4 +84,4 @@ def _check(item: Registered, settings: Mapping[str, Any] | None, folders: Mappin
             extra["sites"] = list(make_config(item, with_).describe()["widths"])
         return getattr(testing, f"check_{item.kind}")(item, with_, workers=workers, **extra)
     except SaehubError as error:
-        return untried(" — ".join(part for part in (error.what, error.why, error.fix) if part))
+        return untried(" — ".join(part for part in (error.what, error.why, error.said, error.fix) if part))

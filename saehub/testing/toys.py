@@ -67,6 +67,8 @@ def tiny_model(path: str | Path, family: Family = "llama", *, layers: int = 2, d
     import torch
     import transformers
 
+    from saehub.data.model import no_bars
+
     path = Path(path)
     shape = {"vocab_size": VOCAB, "bos_token_id": 256, "eos_token_id": 257}
     heads = max(1, d_model // 16)
@@ -93,7 +95,8 @@ def tiny_model(path: str | Path, family: Family = "llama", *, layers: int = 2, d
             if weight.dim() > 1:  # norms keep their ones, biases their zeros
                 scale = 1.0 if "emb" in name or "wte" in name else 1.5 / weight.shape[-1] ** 0.5
                 weight.copy_(scale * torch.randn(weight.shape, generator=draw))
-    model.save_pretrained(path)
+    with no_bars():
+        model.save_pretrained(path)
     byte_tokenizer().save_pretrained(path)
     return path
 

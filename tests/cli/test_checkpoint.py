@@ -282,7 +282,7 @@ def test_eval_prints_the_table(saehub, evaluated, tmp_path):
     )
     assert said.code == 0 and "0.1293 ± 0.0021" in said.out
     checkpoint, evaluator, out, what = evaluated.given
-    assert (checkpoint, evaluator, out) == ("ckpt", "native/core", None)
+    assert (checkpoint, evaluator, out) == ("ckpt", "native/core", None) and what.pop("command").startswith("saehub eval ckpt --with")
     assert what == {
         "model": None,
         "data": ("builtin/python-code", "mine=x.txt"),

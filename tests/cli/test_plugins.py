@@ -131,6 +131,12 @@ def test_new_refuses(saehub, tmp_path, args, words):
     assert not (tmp_path / "it").exists()
 
 
+def test_new_quotes_the_folder_that_it_names(saehub, tmp_path):
+    folder = tmp_path / "my plugins" / "saehub-quoted"
+    said = saehub("plugins", "new", folder, "--kinds", "evaluator")
+    assert said.code == 0 and f"next: cd '{folder}' && uv run pytest" in said.err
+
+
 def test_new_overwrites_nothing(saehub, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     said = saehub("plugins", "new", str(tmp_path), "--name", "fine")
@@ -172,6 +178,9 @@ def test_check_as_a_table_with_settings_that_do_not_fit(saehub, toys):
         (["bad"], "ImportError: x"),
         (["toys", "--set", "ty.k=1"], "did you mean 'toy'?"),
         (["toys", "--set", "k=1"], "names no component"),
+        (["toys", "--set", "nonsense"], "--set nonsense has no value\n  fix: --set COMPONENT.KEY=VALUE, such as --set topk.k=4"),
+        (["toys", "--set", "toy.k=[3"], "--set toy.k=[3 cannot be read"),
+        (["toys", "--folder", "toy"], "--folder toy names no component"),
         (["toys", "--folder", "toy=/no/such"], "does not exist"),
     ],
 )

@@ -481,6 +481,20 @@ def test_a_report_is_a_table_and_plain_data():
     assert str(report).count("\n") + 1 == len(report.checks)
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize(("returned", "words"), [(None, "returned nothing (None)"), ("row", "returned a str"), ([{"value": 1}], "returned a dict among its rows")])
+def test_an_evaluator_that_returns_no_rows_is_told_so_once(returned, words):
+    from saehub.pipeline.evaluate import rows_of
+    from saehub.testing.conformance import run_checks
+
+    def ask() -> None:
+        rows_of(returned, "house/metric")
+
+    report = run_checks("evaluator", "house/metric", [("first", ask), ("second", lambda: "fine"), ("third", ask)])
+    first, second, third = report.checks
+    assert words in first.detail and "saehub.Measurement" in first.detail and second.ok and third.detail == "as above: first"
+
+
 def test_a_wrong_kind_is_a_usage_error():
     with pytest.raises(UsageError, match="is a trainer, not a exporter|no exporter is called"):
         check_exporter("native/topk")

@@ -73,6 +73,7 @@ BROKEN = {
     "exiting-hook": ("from saehub import hookimpl\n@hookimpl\ndef saehub_trainers(): raise SystemExit('bye')", "bye"),
     "returns-a-number": ("from saehub import hookimpl\n@hookimpl\ndef saehub_trainers(): return 7", "returned a int"),
     "returns-a-string": ("from saehub import hookimpl\n@hookimpl\ndef saehub_evaluators(): return 'mine'", "returned a str"),
+    "returns-nothing": ("from saehub import hookimpl\n@hookimpl\ndef saehub_trainers(): pass", "saehub_trainers returned None"),
     "returns-dicts": ("from saehub import hookimpl\n@hookimpl\ndef saehub_exporters(): return [{'name': 'x'}]", "saehub.Component"),
     "wrong-api": (
         "from saehub import Component, hookimpl\n@hookimpl\ndef saehub_trainers(): return [Component(name='t', target='a:B', api=99)]",
@@ -287,8 +288,11 @@ def test_an_unknown_name_suggests_the_nearest_and_lists_all():
 
 def test_an_unknown_name_mentions_broken_plugins():
     catalog = Catalog([PluginRow("house", "saehub-house", "1.0", status="broken", error="ImportError: x")])
-    with pytest.raises(UsageError) as caught:
+    with pytest.raises(UsageError, match="belongs to the plugin 'house', which is broken") as caught:
         catalog.find("trainer", "house/topk")
+    assert caught.value.why == "ImportError: x" and "--trace" in caught.value.fix
+    with pytest.raises(UsageError) as caught:  # a bare name could be anybody's
+        catalog.find("trainer", "topk")
     assert "house" in caught.value.why and "--trace" in caught.value.why
 
 
@@ -352,3 +356,50 @@ def test_an_architecture_row_is_a_registered_entry():
     import json as module
 
     assert entry.address == "house/softcap" and entry.load() is module.JSONDecoder and entry.entry.name == "softcap"
+
+
+WRONG_TARGETS = """
+    from saehub import Component, hookimpl
+
+    @hookimpl
+    def saehub_trainers():
+        return [Component("class", "json:JSONDecodr"), Component("config", "json:JSONDecoder", config="json:JSONDecoder"),
+                Component("lost", "json:JSONDecoder", config="json.decoder:Nothing")]
+"""
+
+
+def test_a_missing_class_and_a_config_that_is_no_dataclass_are_named(zoo):
+    zoo.add("wrong", WRONG_TARGETS)
+    catalog = discover()
+    with pytest.raises(StageFailed, match=r"points at 'json:JSONDecodr', but json has no 'JSONDecodr'; did you mean 'JSONDecode"):
+        catalog.find("trainer", "wrong/class").load()
+    with pytest.raises(StageFailed, match="json.decoder has no 'Nothing'"):
+        catalog.find("trainer", "wrong/lost").load_config()
+    with pytest.raises(StageFailed, match="the config 'json:JSONDecoder' of wrong/config is not a dataclass") as caught:
+        catalog.find("trainer", "wrong/config").load_config()
+    assert "@dataclass" in caught.value.fix
+
+
+def test_a_recipe_that_names_them_is_told_the_same(zoo):
+    from saehub.recipe import check_text
+
+    zoo.add("wrong", WRONG_TARGETS)
+    zoo.add("raises", "raise RuntimeError('no luck')")
+    text = "saehub: 1\nname: x\nmodel: {name: builtin/tiny-llama}\ndata: {train: {source: builtin/python-docs, tokens: 100}}\n"
+    text += "extract: {sites: [resid_post.1]}\ntrain:\n" + "".join(f"  - {{id: t{i}, uses: {name}}}\n" for i, name in enumerate(("wrong/config", "raises/foo")))
+    _, problems = check_text(text, "x.yaml", catalog=discover())
+    told = "\n".join(map(str, problems))
+    assert len(problems) == 2 and "pydantic" not in told, told
+    assert "x.yaml:7:20: train.t0.uses: the config 'json:JSONDecoder' of wrong/config is not a dataclass" in told
+    assert "x.yaml:8:20: train.t1.uses: trainer 'raises/foo' belongs to the plugin 'raises', which is broken (RuntimeError: no luck)" in told
+    assert "saehub plugins ls --trace" in told
+
+
+def test_the_plugin_of_a_name_that_is_switched_off_and_the_kind_of_another_are_named(zoo, monkeypatch):
+    zoo.add("off", GOOD)
+    with pytest.raises(UsageError, match="'off/good' is a trainer, not an evaluator"):
+        discover().find("evaluator", "off/good")
+    monkeypatch.setenv("SAEHUB_DISABLE_PLUGINS", "off")
+    with pytest.raises(UsageError, match="belongs to the plugin 'off', which is switched off") as caught:
+        discover().find("trainer", "off/good")
+    assert caught.value.fix == "unset SAEHUB_DISABLE_PLUGINS"
