@@ -84,8 +84,11 @@ def convert(
         raise _refused(certificate, reason, source.sae, but=target.name)
     model = open_model(model, source.sae.provenance)
 
-    dst.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{dst.name}.", dir=dst.parent))
+    try:
+        dst.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{dst.name}.", dir=dst.parent))
+    except OSError as error:
+        raise UsageError(f"{dst} cannot be written", why=error.strerror or str(error), fix="name a folder that you may write to") from error
     try:
         target.path = scratch / "target"
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ NATIVE = "saehub"
 """The name of the hub's own format among the exporters'."""
 
 
+LOOKED_AT = 200
+"""Folders inside a folder that is no checkpoint, in search of one."""
 ANYBODYS = {"config.json"}
 """Names that tell no format: a language model's folder has one, too."""
 
@@ -163,11 +166,16 @@ def unknown(path: Path) -> FormatError:
         return _no_format(path, "it is a file; checkpoints are folders")
     names = sorted(entry.name + ("/" if entry.is_dir() else "") for entry in path.iterdir())
     why = f"it holds {', '.join(names[:12]) or 'nothing'}" + (" …" if len(names) > 12 else "")
-    inside = [entry for entry in sorted(path.iterdir()) if entry.is_dir() and find_format(entry)][:5]
-    if inside:
-        return FormatError(f"{path} is not a checkpoint itself", why=why, fix=f"name one of those inside it: {', '.join(map(str, inside))}")
+    from saehub.checkpoint.foreign import is_map_with
     from saehub.checkpoint.format import RESTORE
 
+    if is_map_with(path / "config.json", {"model_type"}):
+        return _no_format(path, f"it is a language model, by its config.json: {why}")
+    for depth in ("*", "*/*", "*/*/*"):  # a run folder keeps them in checkpoints/ID and exports/FORMAT/ID
+        folders = [entry for entry in sorted(islice(path.glob(depth), LOOKED_AT)) if entry.is_dir()]
+        inside = [str(entry) for entry in folders if find_format(entry)][:5]
+        if inside:
+            return FormatError(f"{path} is not a checkpoint itself", why=why, fix=f"name one of those inside it: {', '.join(inside)}")
     near = _nearly(path)
     return FormatError(f"{path} is not a whole checkpoint: {'; or '.join(near)}", why=why, fix=RESTORE) if near else _no_format(path, why)
 

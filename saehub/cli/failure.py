@@ -29,6 +29,9 @@ def tell(error: BaseException, state: State) -> int:
         return READER_GONE
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else (OK if error.code is None else STAGE)
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        say(error.format_message())  # nothing is wrong: somebody asks what there is
+        return USAGE
     if os.environ.get("SAEHUB_TRACE") not in (None, "", "0"):
         say("".join(traceback.format_exception(error)).rstrip())
     if isinstance(error, (KeyboardInterrupt, click.Abort)):

@@ -70,7 +70,7 @@ def _recipe(run: RunFolder) -> Any:
             fix="keep recipe.lock beside run_card.json",
         )
     if not run.measurements and not run.checkpoints():
-        raise UsageError(f"{run.name} has nothing to compare with (status: {run.status})", fix="finish it first: run its recipe again")
+        raise UsageError(f"{run.name} has nothing to compare with (status: {run.status})", fix=f"finish it first: {run.resume or 'run its recipe again'}")
     text = yaml.safe_dump(run.lock["recipe"], sort_keys=False, allow_unicode=True)
     found, problems = check_text(text, str(run.path / "recipe.lock"), (), catalog())
     errors = [problem for problem in problems if getattr(problem, "severity", "error") == "error"]

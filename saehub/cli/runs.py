@@ -123,7 +123,7 @@ def compare(first: str, second: str | None, as_json: bool) -> None:
             raise UsageError(
                 f"{run.name} has no measurements (status: {run.status})",
                 where=str(run.path),
-                fix="finish it: run its recipe again with the same command",
+                fix=f"finish it: {run.resume}" if run.resume else "compare a run that evaluates: evaluate: [{uses: native/core}]",
             )
     if second is None:
         differences, remarks = comparison.within(left.measurements)
@@ -144,6 +144,7 @@ def compare(first: str, second: str | None, as_json: bool) -> None:
             if second is None
             else "the two runs share no metric on an SAE of the same id"
         )
+        return None
     ranked = sum(item.verdict in ("a better", "b better") for item in differences)
     say(f"\n{ranked} of {len(differences)} differences are larger than their 95 % intervals allow by chance; the others are not ranked.")
     families = max((item.family for item in differences), default=1)

@@ -110,7 +110,7 @@ def disk_error(error: OSError, where: Path) -> StageFailed | None:
     if error.errno in FULL:
         return _full(where, str(error))
     if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR) or (error.errno == errno.ENOENT and not Path(where).exists()):
-        return StageFailed(f"{where} cannot be written", why=str(error), fix="choose another folder: export SAEHUB_HOME=/path/with/space")
+        return StageFailed(f"{where} cannot be written", why=str(error), fix="choose another folder: export SAEHUB_HOME=/path/with/space (and --out, where it was given)")
     return None
 
 

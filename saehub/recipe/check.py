@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["check", "check_text", "locator", "make_config", "resolve"]
 
+SECTIONS = {"model", "data", "extract", "train", "saes", "evaluate", "export"}
+
 Overrides = Sequence[str] | Mapping[str, Any]
 
 
@@ -125,6 +127,9 @@ def in_order(problems: list[Problem], path_or_name: str | os.PathLike[str], over
 def _version_problem(root: Node) -> Problem | None:
     node = root.get("saehub")
     if node is None:
+        if not set(root.data) & SECTIONS:
+            hint = "a recipe begins with `saehub: 1`, a name and a model; one that works: saehub recipe cp topk-llama my-recipe.yaml"
+            return Problem.at(root.mark, "", "this is no recipe: none of a recipe's sections is in it", hint)
         return None  # the schema says that it is missing
     if isinstance(node.data, bool) or not isinstance(node.data, int):
         return Problem.at(node.mark, "saehub", f"should be the version of the recipe format, {FORMAT_VERSION}, got {show(node)}")

@@ -119,6 +119,22 @@ def test_the_missing_or_broken_file_is_named(saehub, checkpoint, tmp_path):
 
 
 @pytest.mark.quick
+def test_the_checkpoint_inside_a_run_folder_is_named(saehub, checkpoint, tmp_path):
+    inside = tmp_path / "run" / "checkpoints" / "a"
+    shutil.copytree(checkpoint, inside)
+    for verb in (["inspect"], ["eval", "--with", "native/core"]):
+        said = saehub(verb[0], tmp_path / "run", *verb[1:])
+        assert said.code == 1 and f"fix: name one of those inside it: {inside}" in said.err
+
+
+@pytest.mark.quick
+def test_a_folder_that_cannot_be_written_is_nobodys_bug(saehub, checkpoint, tmp_path):
+    (tmp_path / "file").touch()
+    said = saehub("convert", checkpoint, tmp_path / "file" / "dst", "--to", "saehub", "--no-verify")
+    assert said.code == 2 and f"{tmp_path / 'file' / 'dst'} cannot be written" in said.err
+
+
+@pytest.mark.quick
 def test_a_site_that_cannot_be_proved_though_the_model_was_given_is_code_1(saehub, checkpoint, tmp_path):
     import saehub as package
     from saehub.checkpoint.format import save

@@ -284,3 +284,9 @@ def test_every_json_error_of_a_process_is_one_object(tmp_path):
 
 
 assert signal.SIGPIPE + 128 == failure.READER_GONE
+
+
+@pytest.mark.parametrize("words", [[], ["recipe"], ["runs"]])
+def test_a_command_alone_gets_its_help_and_no_error(saehub, words):
+    said = saehub(*words)
+    assert said.code == 2 and said.out == "" and said.err.startswith("Usage: saehub") and "error" not in said.err.partition("Exit codes")[0]

@@ -337,3 +337,18 @@ def test_a_failed_stage_is_code_4_and_names_what_is_kept(saehub, good, tmp_path,
     fake_pipeline.error = Interrupted("stopped; the state is saved", fix="the same command goes on")
     said = saehub("recipe", "run", good, "--out", tmp_path / "r3")
     assert said.code == 130 and "is kept and reported" not in said.err
+
+
+def test_a_file_that_is_no_recipe_is_told_once(saehub, tmp_path):
+    path = tmp_path / "saehub.json"
+    path.write_text('{"format": "saehub", "d_in": 8, "d_sae": 24}')
+    said = saehub("recipe", "check", path)
+    assert said.code == 2 and "this is no recipe" in said.out and said.err == f"1 problem in {path}\n"
+
+
+def test_what_comes_next_can_be_pasted(saehub, tmp_path):
+    folder = tmp_path / "my recipes"
+    folder.mkdir()
+    said = saehub("recipe", "cp", "topk-llama", folder / "my own.yaml")
+    assert said.err == f"next: saehub recipe check '{folder / 'my own.yaml'}'\n"
+    assert saehub("recipe", "check", folder / "my own.yaml").err == f"next: saehub recipe plan '{folder / 'my own.yaml'}'\n"
