@@ -128,7 +128,15 @@ class Places:
         return node if node is not None and node.data is not None else None
 
     def checkpoint(self, node: Node | None, hub: bool = True) -> None:
-        if node is None or not isinstance(node.data, str) or (hub and "://" in node.data):
+        if node is None or not isinstance(node.data, str):
+            return
+        if hub and "://" in node.data:
+            from saehub.checkpoint.hub import parse
+
+            try:
+                parse(node.data)
+            except SaehubError as error:
+                self.blame(node, error)
             return
         if not _exists(node.data):
             hint = f"paths are relative to the folder you run in, {Path.cwd()}" + ("; the hub is written hf://org/repo" if hub else "")

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 VITAL = ("model", "data", "extract")
 """Sections on which everything else depends."""
+ENTRIES = ("train.", "saes.", "evaluate.", "export.")
 ROUNDS = 4  # what one cut brings with it is cut in the next: a key, the map that lacks it, the entry that lacks that
 
 
@@ -42,8 +43,13 @@ def salvage(path_or_name: str | os.PathLike[str], overrides: Overrides, catalog:
 
 
 def concerns(problem: Problem, path: str) -> bool:
-    """Whether what a plan says about `path` could come from `problem`: one of them is inside the other. An unknown key changes nothing else."""
-    return not _unknown_key(problem) and (_inside(problem.path, path) or _inside(path, problem.path))
+    """Whether what a plan says about `path` could come from `problem`: both are about one entry, or one of them is inside the other. An
+    unknown key changes nothing else."""
+    if _unknown_key(problem):
+        return False
+    entry = ".".join(problem.path.split(".")[:2]) if problem.path.startswith(ENTRIES) else problem.path
+    members = tuple(entry + mark for mark in "-@")  # of a sweep, or of several sites
+    return _inside(entry, path) or _inside(path, entry) or (problem.path.startswith(ENTRIES) and path.startswith(members))
 
 
 def _inside(path: str, other: str) -> bool:

@@ -25,6 +25,8 @@ _KINDS = {
     "mapping_type": "a map (key: value)",
     "dataclass_type": "a map (key: value)",
 }
+_MAIN = {"ModelEntry": "name", "TrainData": "source", "EvalData": "source", "SourceEntry": "source", "TrainEntry": "uses", "UseEntry": "uses", "SaeEntry": "load"}
+"""What a part of a recipe is mostly about: the key that somebody means who writes the value alone."""
 _BOUNDS = {
     "greater_than": ("greater than", "gt"),
     "greater_than_equal": ("at least", "ge"),
@@ -172,6 +174,8 @@ def _problem(errors: list[dict[str, Any]], node: Node, missing: str) -> Problem:
             near = did_you_mean(str(node.data), choices)
         else:
             return Problem.at(node.mark, node.path, f"{error['msg'].replace('Input should', 'should')}, got {show(node)}")
+    if first["type"] == "dataclass_type" and isinstance(node.data, str) and (key := _MAIN.get(first["ctx"]["class_name"])):
+        return Problem.at(node.mark, node.path, f"should be a map (key: value), got {show(node)}", f"write {{{key}: {node.data}}}")
     expected = list(dict.fromkeys(expected))
     return Problem.at(node.mark, node.path, f"should be {' or '.join(expected)}, got {show(node)}{near}", _hint({e["type"] for e in errors}, node))
 

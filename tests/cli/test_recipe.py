@@ -352,3 +352,19 @@ def test_what_comes_next_can_be_pasted(saehub, tmp_path):
     said = saehub("recipe", "cp", "topk-llama", folder / "my own.yaml")
     assert said.err == f"next: saehub recipe check '{folder / 'my own.yaml'}'\n"
     assert saehub("recipe", "check", folder / "my own.yaml").err == f"next: saehub recipe plan '{folder / 'my own.yaml'}'\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["model=builtin/tiny-llama"], "= write {name: builtin/tiny-llama}"),
+        (["evaluate=[native/core]"], "= write {uses: native/core}"),
+        (["saes=[{id: q, load: hf://foo}]"], "'hf://foo' is not a hub id"),
+        (["train.a.sweep={kk: [1]}"], "'kk' cannot be swept"),
+        (["train.a.target_site=resid_post.3"], "'resid_post.3' is not among extract.sites"),
+        (["train.a.with.batch=0"], "batch is 0; it must be at least 1"),
+    ],
+)
+def test_one_mistake_is_one_problem(saehub, good, options, words):
+    said = saehub("recipe", "check", good, *(word for option in options for word in ("--set", option)))
+    assert said.code == 2 and words in said.out and said.err == f"1 problem in {good}\n", said.out
