@@ -47,3 +47,29 @@ def compiler(*sources: str) -> Callable[[Callable], Any]:
             numba.config.CACHE_DIR = held
 
     return decorate
+
+
+def prefetcher() -> Any:
+    """An operation for compiled functions, `prefetch(rows, row, i)`: ask for the cache line at `rows[row, i]` before it is needed."""
+    from llvmlite import ir
+    from numba import types
+    from numba.core import cgutils
+    from numba.extending import intrinsic
+
+    @intrinsic
+    def prefetch(typing_context: Any, rows: Any, row: Any, i: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            kind = signature.args[0]
+            array = context.make_array(kind)(context, builder, arguments[0])
+            place = cgutils.get_item_pointer(context, builder, kind, array, arguments[1:], wraparound=False)
+            byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+            call = cgutils.get_or_insert_function(
+                builder.module, ir.FunctionType(ir.VoidType(), [byte, number, number, number]), "llvm.prefetch.p0i8"
+            )
+            read, second_level, data = (ir.Constant(number, v) for v in (0, 2, 1))
+            builder.call(call, [builder.bitcast(place, byte), read, second_level, data])
+            return context.get_dummy_value()
+
+        return types.void(rows, row, i), generate
+
+    return prefetch

@@ -48,9 +48,9 @@ class CpuKernels(ReferenceKernels):
 
     def __init__(self, kind: str | None = None):
         super().__init__()
-        from saehub_native.kernels import cpu_loops
+        from saehub_native.kernels import cpu_loops, cpu_select
 
-        self.loops, self.team = cpu_loops, Team()
+        self.loops, self.choosing, self.team = cpu_loops, cpu_select, Team()
         self.ranker = Ranker(kind or best_kind(), cpu_loops, self.team)
         self.r, self.selections, self.audited, self.missed = R_START, 0, 0, 0
         self.exact_a_row = 0.0
@@ -122,10 +122,10 @@ class CpuKernels(ReferenceKernels):
         inputs = (x_BD.numpy(), W_enc_FD.numpy(), b_enc_F.numpy(), k)
         out = (indices_BK.numpy(), values_BK.numpy(), exact_B.numpy())
         if rule == "group":
-            self._scored(x_BD, W_enc_FD, lambda *scores: self.loops.group_rows(*scores, *inputs, GUARD, *out))
+            self._scored(x_BD, W_enc_FD, lambda *scores: self.choosing.group_rows(*scores, *inputs, GUARD, *out))
         else:
             by_size, again = rule == "abs", again_B.numpy()
-            self._scored(x_BD, W_enc_FD, lambda *scores: self.loops.select_rows(*scores, by_size, *inputs, self.r, GUARD, *out, again))
+            self._scored(x_BD, W_enc_FD, lambda *scores: self.choosing.select_rows(*scores, by_size, *inputs, self.r, GUARD, *out, again))
         self.exact_a_row = float(exact_B.sum()) / max(1, n_rows)
         return values_BK, indices_BK
 
@@ -147,7 +147,7 @@ class CpuKernels(ReferenceKernels):
             indices_BM, scores_BM = torch.empty(n_rows, places, dtype=torch.int32), torch.empty(n_rows, places)
             count_B = torch.zeros(n_rows, dtype=torch.int32)
             index, score, count = indices_BM.numpy(), scores_BM.numpy(), count_B.numpy()
-            self._scored(x_BD, W_enc_FD, lambda *scores: self.loops.collect_rows(*scores, b, np.float32(low), index, score, count))  # noqa: B023
+            self._scored(x_BD, W_enc_FD, lambda *scores: self.choosing.collect_rows(*scores, b, np.float32(low), index, score, count))  # noqa: B023
             if int(count_B.max()) > places:
                 self._places = min(n_latents, 2 * places)
                 continue
@@ -162,7 +162,7 @@ class CpuKernels(ReferenceKernels):
             error_B, exact_B = torch.zeros(n_rows), torch.zeros(n_rows, dtype=torch.int32)
             unit_B = x_BD.norm(dim=1) + (self.ranker.rows(x_BD)[1] * x_BD.shape[1] ** 0.5 if self.ranker.kind == "int8" else 0.0) + 1e-30
             both = (values_BM.numpy(), unit_B.numpy(), error_B.numpy(), exact_B.numpy())
-            row_pieces(self.loops.exact_rows, x, W, b, index, score, count, np.full(n_rows, bar, np.float32), np.float32(math.inf), *both)
+            row_pieces(self.choosing.exact_rows, x, W, b, index, score, count, np.full(n_rows, bar, np.float32), np.float32(math.inf), *both)
             rms = math.sqrt(float(error_B.double().sum()) / max(1, int(exact_B.sum())))
             reach_B = (bar - GUARD * rms * unit_B).float()
             lowest = float(reach_B.min())
@@ -170,13 +170,13 @@ class CpuKernels(ReferenceKernels):
                 self._low = lowest - 0.5 * (bar - lowest)
                 continue
             self._low = lowest - 0.5 * (bar - lowest)  # where the next batch begins to collect: it changes the time, not the result
-            row_pieces(self.loops.exact_rows, x, W, b, index, score, count, reach_B.numpy(), np.float32(bar), *both)
+            row_pieces(self.choosing.exact_rows, x, W, b, index, score, count, reach_B.numpy(), np.float32(bar), *both)
             break
         exact_N = values_BM[values_BM > 0]
         cut = float(torch.kthvalue(exact_N, exact_N.numel() - wanted + 1).values) if exact_N.numel() >= wanted else 0.0
         fullest = max(1, int(((values_BM >= cut) & (values_BM > 0)).sum(1).max()))
         values_BK, indices_BK = torch.empty(n_rows, fullest), torch.empty(n_rows, fullest, dtype=torch.int64)
-        row_pieces(self.loops.pack_rows, np.float32(cut), index, values_BM.numpy(), count, indices_BK.numpy(), values_BK.numpy())
+        row_pieces(self.choosing.pack_rows, np.float32(cut), index, values_BM.numpy(), count, indices_BK.numpy(), values_BK.numpy())
         self.exact_a_row = float(exact_B.sum()) / n_rows
         if self._audit_due():
             self._audit(x_BD, W_enc_FD, b_enc_F, values_BK, indices_BK, k, "batch", cut)

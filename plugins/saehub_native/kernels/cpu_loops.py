@@ -1,71 +1,16 @@
-"""Rows, scores and weights as numpy arrays in; selections, residuals and updated weights out: the compiled loops of the CPU kernels.
+"""Rows and weights as numpy arrays in; residuals, gradients of values and updated weights out: the compiled loops of the CPU kernels.
 
 Every function works on a range of rows or latents, so that any number of threads can share the work, and its result for one row or latent
-depends on nothing outside it. `need`, `r` and `guard` are explained in cpu.py. Scores are approximate pre-activations, ordered as integers:
-for the bits b of a float32, `b ^ ((b >> 31) & 0x7fffffff)` is an int32 of the same order, and the same operation leads back.
+depends on nothing outside it. How latents are selected: cpu_select.py.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from saehub_native.kernels import compiled
-
-jit = compiled.compiler(__file__, compiled.__file__)
+from saehub_native.kernels.cpu_arithmetic import add, dot, dots, jit, prefetch_row, weighted_sum
 
 FLOAT32, BFLOAT16, INT8 = 0, 1, 2
-
-
-@jit
-def _dot(a, b):
-    total = np.float32(0)
-    for i in range(a.shape[0]):
-        total += a[i] * b[i]
-    return total
-
-
-@jit
-def _add(factor, source, total):
-    for i in range(total.shape[0]):
-        total[i] += factor * source[i]
-
-
-# Four at a time: rows of weights come from far memory, and four streams of loads overlap where one would wait.
-
-
-@jit
-def _dots(a_D, W_FD, index_C, count, out_C):
-    """out_C[c] = ⟨a, W[index_C[c]]⟩ for c < count."""
-    d, c = a_D.shape[0], 0
-    while c + 4 <= count:
-        p, q, r, s = W_FD[index_C[c]], W_FD[index_C[c + 1]], W_FD[index_C[c + 2]], W_FD[index_C[c + 3]]
-        t0, t1, t2, t3 = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
-        for i in range(d):
-            a = a_D[i]
-            t0 += a * p[i]
-            t1 += a * q[i]
-            t2 += a * r[i]
-            t3 += a * s[i]
-        out_C[c], out_C[c + 1], out_C[c + 2], out_C[c + 3] = t0, t1, t2, t3
-        c += 4
-    while c < count:
-        out_C[c] = _dot(a_D, W_FD[index_C[c]])
-        c += 1
-
-
-@jit
-def _weighted_sum(weight_C, W_FD, index_C, count, total_D):
-    """total += Σ_{c < count} weight_C[c] W[index_C[c]]."""
-    d, c = total_D.shape[0], 0
-    while c + 4 <= count:
-        p, q, r, s = W_FD[index_C[c]], W_FD[index_C[c + 1]], W_FD[index_C[c + 2]], W_FD[index_C[c + 3]]
-        w0, w1, w2, w3 = weight_C[c], weight_C[c + 1], weight_C[c + 2], weight_C[c + 3]
-        for i in range(d):
-            total_D[i] += (w0 * p[i] + w1 * q[i]) + (w2 * r[i] + w3 * s[i])
-        c += 4
-    while c < count:
-        _add(weight_C[c], W_FD[index_C[c]], total_D)
-        c += 1
 
 
 # Rows for the ranking product
@@ -132,290 +77,6 @@ def _to_int8(x_D, out_D):
     return top / np.float32(127)
 
 
-# Selection
-
-
-@jit
-def _load_keys(kind, by_size, scores32_F, scores16_F, scale_F, row_scale, b_enc_F, keys_F, floats_F):
-    """Approximate pre-activations of one row (their absolute values if `by_size`) as ordered integers; `floats_F` is `keys_F` as float32."""
-    n = keys_F.shape[0]
-    if kind == INT8:
-        for f in range(n):
-            floats_F[f] = np.float32(scores32_F[f]) * (scale_F[f] * row_scale) + b_enc_F[f]
-    else:
-        if kind == BFLOAT16:
-            for f in range(n):
-                keys_F[f] = np.int32(scores16_F[f]) << np.int32(16)
-        else:
-            for f in range(n):
-                keys_F[f] = scores32_F[f]
-        for f in range(n):
-            floats_F[f] += b_enc_F[f]
-    if by_size:
-        for f in range(n):
-            keys_F[f] &= np.int32(0x7FFFFFFF)
-    for f in range(n):
-        keys_F[f] ^= (keys_F[f] >> np.int32(31)) & np.int32(0x7FFFFFFF)
-
-
-@jit
-def _threshold(keys_N, n, need, slack):
-    """A t with need ≤ |{keys ≥ t}| ≤ need + slack, or the largest t with at least `need` where ties allow no such t."""
-    top = np.int32(-2147483648)
-    for i in range(n):
-        top = keys_N[i] if keys_N[i] > top else top
-    low, high = np.int64(-2147483648), np.int64(top) + 1
-    near = np.int64(top) - (np.int64(4) << 23)  # a sixteenth of the largest, for positive floats: usually below the answer
-    guess = near if near > low else (low + high) >> 1
-    while high - low > 1:
-        t, count = np.int32(guess), np.int32(0)
-        for i in range(n):
-            count += np.int32(keys_N[i] >= t)
-        if count >= need:
-            low = guess
-            if count <= need + slack:
-                break
-        else:
-            high = guess
-        guess = (low + high) >> 1
-    return np.int32(low)
-
-
-@jit
-def _open(keys_F, need, group, maxima_G, found_C):
-    """The positions of all entries ≥ t for a t that at least `need` entries reach. Returns their number and t.
-
-    t is (nearly) the need-th largest of the maxima of strided groups, so at least `need` entries reach it; only groups that reach it are opened.
-    """
-    n = keys_F.shape[0]
-    n_groups = n // group
-    for i in range(n_groups):
-        maxima_G[i] = keys_F[i]
-    for j in range(1, group):
-        for i in range(n_groups):
-            v = keys_F[j * n_groups + i]
-            maxima_G[i] = v if v > maxima_G[i] else maxima_G[i]
-    rest = n - n_groups * group
-    for i in range(rest):
-        maxima_G[n_groups + i] = keys_F[n_groups * group + i]
-    t = _threshold(maxima_G, n_groups + rest, need, need >> 3)
-    m = 0
-    for i in range(n_groups):
-        if maxima_G[i] >= t:
-            for j in range(group):
-                if keys_F[j * n_groups + i] >= t:
-                    found_C[m] = j * n_groups + i
-                    m += 1
-    for i in range(n_groups * group, n):
-        if keys_F[i] >= t:
-            found_C[m] = i
-            m += 1
-    return m, t
-
-
-@jit
-def group_size(n, need):
-    """Members of a group, such that there are clearly more groups than wanted entries."""
-    group = 16
-    while group > 1 and n // group < 4 * need:
-        group >>= 1
-    return group
-
-
-@jit
-def _flipped(key):
-    return key ^ ((key >> np.int32(31)) & np.int32(0x7FFFFFFF))
-
-
-@jit
-def _select(x_D, W_enc_FD, b_enc_F, keys_F, by_size, k, r, guard, maxima_G, found_C, value_C, order_C, floats_1, bits_1):
-    """The float32 top k of a row (by |p| if `by_size`): candidates by score, decided by exact values.
-
-    The winners come first in found_C and value_C; those that a ReLU sets to zero are left out. Returns how many there are, how many
-    values were computed exactly, and how often the candidates had to be doubled.
-    """
-    n = keys_F.shape[0]
-    ordered_C = order_C.view(np.float32)
-    need, again, last = min(n, k + r), 0, np.int32(0)
-    while True:
-        m, t = _open(keys_F, need, group_size(n, need), maxima_G, found_C)
-        _dots(x_D, W_enc_FD, found_C, m, value_C)
-        square = np.float32(0)
-        for c in range(m):
-            f = found_C[c]
-            value = value_C[c] + b_enc_F[f]
-            value_C[c] = value
-            value = abs(value) if by_size else value
-            ordered_C[c] = value
-            bits_1[0] = _flipped(keys_F[f])
-            miss = value - floats_1[0]
-            square += miss * miss
-        for c in range(m):
-            order_C[c] = _flipped(order_C[c])
-        last = _threshold(order_C, m, min(k, m), 0)
-        bits_1[0] = _flipped(last)
-        bar = max(floats_1[0], np.float32(0))  # what lies below zero is not active, whether selected or not
-        bits_1[0] = _flipped(t)
-        if m >= n or bar - floats_1[0] >= guard * np.sqrt(square / np.float32(m)) or not (square < np.inf):
-            break
-        need = min(n, 2 * need)
-        again += 1
-    # Winners to the front: all above the k-th, then those equal to it, in order.
-    ties = min(k, m)
-    for c in range(m):
-        if order_C[c] > last:
-            ties -= 1
-    taken = 0
-    for c in range(m):
-        keep = order_C[c] > last
-        if order_C[c] == last and ties > 0:
-            ties -= 1
-            keep = True
-        if keep and order_C[c] > 0:
-            found_C[taken], value_C[taken] = found_C[c], value_C[c]
-            taken += 1
-    return taken, m, again
-
-
-@jit
-def select_rows(
-    start, stop, at, kind, scores32_CF, scores16_CF, scale_F, row_scale_B, by_size, x_BD, W_enc_FD, b_enc_F, k, r, guard, index_BK, value_BK,
-    exact_B, again_B,
-):  # fmt: skip
-    """The top k of rows start … stop − 1, whose scores begin at row `at` of the batch. A place that is not filled has the value 0 at latent 0."""
-    n = W_enc_FD.shape[0]
-    keys_F = np.empty(n, np.int32)
-    floats_F = keys_F.view(np.float32)
-    maxima_G, found_C, value_C, order_C = np.empty(n, np.int32), np.empty(n, np.int64), np.empty(n, np.float32), np.empty(n, np.int32)
-    bits_1 = np.empty(1, np.int32)
-    floats_1 = bits_1.view(np.float32)
-    for b in range(start, stop):
-        _load_keys(kind, by_size, scores32_CF[b - at], scores16_CF[b - at], scale_F, row_scale_B[b], b_enc_F, keys_F, floats_F)
-        taken, m, again = _select(
-            x_BD[b], W_enc_FD, b_enc_F, keys_F, by_size, k, r, guard, maxima_G, found_C, value_C, order_C, floats_1, bits_1
-        )
-        exact_B[b], again_B[b] = m, again
-        for j in range(taken):
-            index_BK[b, j], value_BK[b, j] = found_C[j], value_C[j]
-        for j in range(taken, k):
-            index_BK[b, j], value_BK[b, j] = 0, 0
-
-
-@jit
-def group_rows(
-    start, stop, at, kind, scores32_CF, scores16_CF, scale_F, row_scale_B, x_BD, W_enc_FD, b_enc_F, k, guard, index_BK, value_BK, exact_B
-):  # fmt: skip
-    """The largest of each of k contiguous groups of latents, through a ReLU. Every latent whose score comes within `guard` root mean square
-    errors of the exact value of its group's best score is computed exactly."""
-    n = W_enc_FD.shape[0]
-    size = n // k
-    keys_F = np.empty(n, np.int32)
-    floats_F = keys_F.view(np.float32)
-    best_K, value_K = np.empty(k, np.int64), np.empty(k, np.float32)
-    for b in range(start, stop):
-        _load_keys(kind, False, scores32_CF[b - at], scores16_CF[b - at], scale_F, row_scale_B[b], b_enc_F, keys_F, floats_F)
-        for j in range(k):
-            best = j * size
-            for f in range(j * size, (j + 1) * size):
-                if keys_F[f] > keys_F[best]:
-                    best = f
-            best_K[j] = best
-        for f in range(n):
-            keys_F[f] = _flipped(keys_F[f])
-        _dots(x_BD[b], W_enc_FD, best_K, k, value_K)
-        square, m = np.float32(0), k
-        for j in range(k):
-            value_K[j] += b_enc_F[best_K[j]]
-            miss = value_K[j] - floats_F[best_K[j]]
-            square += miss * miss
-        slack = guard * np.sqrt(square / np.float32(k))
-        for j in range(k):
-            first, bar = best_K[j], value_K[j] - slack
-            for f in range(j * size, (j + 1) * size):
-                if f != first and (floats_F[f] >= bar or not (slack < np.inf)):
-                    value = _dot(x_BD[b], W_enc_FD[f]) + b_enc_F[f]
-                    m += 1
-                    if value > value_K[j]:
-                        best_K[j], value_K[j] = f, value
-            index_BK[b, j], value_BK[b, j] = best_K[j], max(value_K[j], np.float32(0))
-        exact_B[b] = m
-
-
-# Selection over a batch
-
-
-@jit
-def collect_rows(start, stop, at, kind, scores32_CF, scores16_CF, scale_F, row_scale_B, b_enc_F, low, index_BM, score_BM, count_B):
-    """All latents of each row whose score is at least `low` (float32), with their scores. A row with more than there are places stops there,
-    and counts one more."""
-    n, places = scale_F.shape[0], index_BM.shape[1]
-    keys_F = np.empty(n, np.int32)
-    floats_F = keys_F.view(np.float32)
-    for b in range(start, stop):
-        _load_keys(kind, False, scores32_CF[b - at], scores16_CF[b - at], scale_F, row_scale_B[b], b_enc_F, keys_F, floats_F)
-        bound = _key(low)
-        m = 0
-        for first in range(0, n, 64):
-            last = min(n, first + 64)
-            top = np.int32(-2147483648)
-            for f in range(first, last):
-                top = keys_F[f] if keys_F[f] > top else top
-            if top >= bound:
-                for f in range(first, last):
-                    if keys_F[f] >= bound:
-                        if m < places:
-                            index_BM[b, m] = f
-                            keys_F[m] = keys_F[f]  # m ≤ f: what stood there has been read
-                        m += 1
-        count_B[b] = min(m, places + 1)
-        for c in range(min(m, places)):
-            keys_F[c] = _flipped(keys_F[c])
-        for c in range(min(m, places)):
-            score_BM[b, c] = floats_F[c]
-
-
-@jit
-def _key(value):
-    one = np.empty(1, np.float32)
-    one[0] = value
-    return _flipped(one.view(np.int32)[0])
-
-
-@jit
-def exact_rows(start, stop, x_BD, W_enc_FD, b_enc_F, index_BM, score_BM, count_B, low_B, high, value_BM, unit_B, error_B, exact_B):
-    """Exact values of the collected latents with low_B[b] ≤ score < high; error_B[b] += Σ ((value − score) / unit_b)², exact_B[b] += how many."""
-    places = index_BM.shape[1]
-    place_M, wanted_M, found_M = np.empty(places, np.int64), np.empty(places, np.int64), np.empty(places, np.float32)
-    for b in range(start, stop):
-        m = 0
-        for c in range(count_B[b]):
-            if score_BM[b, c] >= low_B[b] and score_BM[b, c] < high:
-                place_M[m], wanted_M[m] = c, index_BM[b, c]
-                m += 1
-        _dots(x_BD[b], W_enc_FD, wanted_M, m, found_M)
-        total = np.float32(0)
-        for j in range(m):
-            value = found_M[j] + b_enc_F[wanted_M[j]]
-            value_BM[b, place_M[j]] = value
-            miss = (value - score_BM[b, place_M[j]]) / unit_B[b]
-            total += miss * miss
-        error_B[b] += total
-        exact_B[b] += m
-
-
-@jit
-def pack_rows(start, stop, cut, index_BM, value_BM, count_B, index_BK, value_BK):
-    """The pairs whose value is positive and at least `cut`, to the front of each row; zeros behind them."""
-    for b in range(start, stop):
-        m = 0
-        for c in range(count_B[b]):
-            if value_BM[b, c] >= cut and value_BM[b, c] > 0:
-                index_BK[b, m], value_BK[b, m] = index_BM[b, c], value_BM[b, c]
-                m += 1
-        for j in range(m, index_BK.shape[1]):
-            index_BK[b, j], value_BK[b, j] = 0, 0
-
-
 # Rows: decode, residual, gradients of the values
 
 
@@ -436,11 +97,11 @@ def reconstruct_rows(start, stop, target_BD, index_BK, value_BK, W_dec_FD, weigh
         e_D, g_D = residual_BD[b], grad_BD[b]
         for i in range(d):
             e_D[i] = target_BD[b, i]
-        _weighted_sum(value_K, W_dec_FD, index_K, n, e_D)
-        error_B[b] = _dot(e_D, e_D)
+        weighted_sum(value_K, W_dec_FD, index_K, n, e_D)
+        error_B[b] = dot(e_D, e_D)
         for i in range(d):
             g_D[i] = np.float32(-2) * weight * e_D[i]
-        _dots(g_D, W_dec_FD, index_K, n, delta_K)
+        dots(g_D, W_dec_FD, index_K, n, delta_K)
         for j in range(n):
             delta_BK[b, active_K[j]] = delta_K[j]
 
@@ -449,7 +110,7 @@ def reconstruct_rows(start, stop, target_BD, index_BK, value_BK, W_dec_FD, weigh
 def row_norms(start, stop, x_BD, norm_B):
     """|x| of rows start … stop − 1."""
     for b in range(start, stop):
-        norm_B[b] = np.sqrt(_dot(x_BD[b], x_BD[b]))
+        norm_B[b] = np.sqrt(dot(x_BD[b], x_BD[b]))
 
 
 # Latents: pairs grouped by latent, gradients, clipping, Adam, norm
@@ -486,16 +147,16 @@ def _sum_pairs(f, offset_F, row_N, place_N, weight_N, source_BD, slot_F, extra_E
         n = min(4, offset_F[f + 1] - first)
         for q in range(n):
             weight_4[q] = weight_N[place_N[first + q]]
-        _weighted_sum(weight_4, source_BD, row_N[first : first + n], n, total_D)
+        weighted_sum(weight_4, source_BD, row_N[first : first + n], n, total_D)
     s = slot_F[f]
     if s >= 0:
-        _add(np.float32(1), extra_ED[s], total_D)
+        add(np.float32(1), extra_ED[s], total_D)
     return s >= 0 or offset_F[f + 1] > offset_F[f]
 
 
 @jit
 def _project(g_D, w_D):
-    _add(-_dot(g_D, w_D), w_D, g_D)
+    add(-dot(g_D, w_D), w_D, g_D)
 
 
 @jit
@@ -507,7 +168,7 @@ def sum_latents(start, stop, offset_F, row_N, place_N, weight_N, source_BD, slot
         some = _sum_pairs(f, offset_F, row_N, place_N, weight_N, source_BD, slot_F, extra_ED, g_D)
         if sphere and some:
             _project(g_D, W_FD[f])
-        square += _dot(g_D, g_D)
+        square += dot(g_D, g_D)
         if out_FD.shape[0] > 0:
             out_FD[f] = g_D
     return square
@@ -555,7 +216,7 @@ def update_latents(
             _project(g_D, w_D)
         _adam(w_D, m_FD[f], v_FD[f], g_D, factor, beta1, beta2, size, spread, eps)
         if sphere:
-            inverse = np.float32(1) / max(np.sqrt(_dot(w_D, w_D)), tiny)
+            inverse = np.float32(1) / max(np.sqrt(dot(w_D, w_D)), tiny)
             for i in range(d):
                 w_D[i] *= inverse
         _shadow(w_D, kind, smooth_D, low16_FD, low8_FD, low_scale_F, f, scaled_D, bits_D)

@@ -1,0 +1,81 @@
+"""Float32 rows in; inner products and weighted sums of them out: the compiled arithmetic that all CPU loops share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from saehub_native.kernels import compiled
+
+jit = compiled.compiler(compiled.__file__, *(str(Path(__file__).with_name(f"cpu_{name}.py")) for name in ("arithmetic", "select", "loops")))
+prefetch = compiled.prefetcher()
+
+LINE = 16  # float32 numbers of a cache line
+
+
+@jit
+def prefetch_row(W_FD, f):
+    """Ask for row f."""
+    for i in range(0, W_FD.shape[1], LINE):
+        prefetch(W_FD, f, i)
+
+
+@jit
+def dot(a, b):
+    """⟨a, b⟩."""
+    total = np.float32(0)
+    for i in range(a.shape[0]):
+        total += a[i] * b[i]
+    return total
+
+
+@jit
+def add(factor, source, total):
+    """total += factor · source."""
+    for i in range(total.shape[0]):
+        total[i] += factor * source[i]
+
+
+# Four at a time, the next four asked for: rows of weights come from far memory, and loads that overlap wait once.
+
+
+@jit
+def dots(a_D, W_FD, index_C, count, out_C):
+    """out_C[c] = ⟨a, W[index_C[c]]⟩ for c < count."""
+    d, c = a_D.shape[0], 0
+    while c + 4 <= count:
+        p, q, r, s = W_FD[index_C[c]], W_FD[index_C[c + 1]], W_FD[index_C[c + 2]], W_FD[index_C[c + 3]]
+        for ahead in range(c + 4, min(c + 8, count)):
+            prefetch_row(W_FD, index_C[ahead])
+        t0, t1, t2, t3 = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
+        for i in range(d):
+            a = a_D[i]
+            t0 += a * p[i]
+            t1 += a * q[i]
+            t2 += a * r[i]
+            t3 += a * s[i]
+        out_C[c], out_C[c + 1], out_C[c + 2], out_C[c + 3] = t0, t1, t2, t3
+        c += 4
+    while c < count:
+        out_C[c] = dot(a_D, W_FD[index_C[c]])
+        c += 1
+
+
+@jit
+def weighted_sum(weight_C, W_FD, index_C, count, total_D):
+    """total += Σ_{c < count} weight_C[c] W[index_C[c]]."""
+    d, c = total_D.shape[0], 0
+    while c + 4 <= count:
+        p, q, r, s = W_FD[index_C[c]], W_FD[index_C[c + 1]], W_FD[index_C[c + 2]], W_FD[index_C[c + 3]]
+        for ahead in range(c + 4, min(c + 8, count)):
+            prefetch_row(W_FD, index_C[ahead])
+        w0, w1, w2, w3 = weight_C[c], weight_C[c + 1], weight_C[c + 2], weight_C[c + 3]
+        for i in range(d):
+            total_D[i] += (w0 * p[i] + w1 * q[i]) + (w2 * r[i] + w3 * s[i])
+        c += 4
+    while c < count:
+        add(weight_C[c], W_FD[index_C[c]], total_D)
+        c += 1
+
+
