@@ -33,6 +33,11 @@ if TYPE_CHECKING:
 R_START, R_MAX = 16, 256
 GUARD = 6.0
 AUDIT_EVERY, AUDIT_ROWS = 100, 8
+AGAIN_SHARE = 32
+"""More than one row in so many that needs further candidates, and r is doubled for the batches to come."""
+WIDE = 24
+"""Where a row selects at least one in so many latents, the loops of cpu_tiles.py take less time."""
+MANY_PAIRS, GROUPING_PIECES = 64, 8
 TINY = 1e-12
 NO_COPIES = (0, np.ones(1, np.float32), np.empty((1, 1), np.int16), np.empty((1, 1), np.int8), np.ones(1, np.float32))
 
@@ -48,9 +53,9 @@ class CpuKernels(ReferenceKernels):
 
     def __init__(self, kind: str | None = None):
         super().__init__()
-        from saehub_native.kernels import cpu_loops, cpu_select
+        from saehub_native.kernels import cpu_loops, cpu_select, cpu_tiles
 
-        self.loops, self.choosing, self.team = cpu_loops, cpu_select, Team()
+        self.loops, self.choosing, self.tiles, self.team = cpu_loops, cpu_select, cpu_tiles, Team()
         self.ranker = Ranker(kind or best_kind(), cpu_loops, self.team)
         self.r, self.selections, self.audited, self.missed = R_START, 0, 0, 0
         self.exact_a_row = 0.0
@@ -70,6 +75,7 @@ class CpuKernels(ReferenceKernels):
     def companion(self) -> CpuKernels:
         if self._companion is None:
             self._companion = CpuKernels(self.ranker.kind)
+        self._companion.ranker.forget()  # its weights are others every time, in memory that may be the same
         return self._companion
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -125,7 +131,10 @@ class CpuKernels(ReferenceKernels):
             self._scored(x_BD, W_enc_FD, lambda *scores: self.choosing.group_rows(*scores, *inputs, GUARD, *out))
         else:
             by_size, again = rule == "abs", again_B.numpy()
-            self._scored(x_BD, W_enc_FD, lambda *scores: self.choosing.select_rows(*scores, by_size, *inputs, self.r, GUARD, *out, again))
+            loop = self.tiles.select_wide_rows if _wide(k, W_enc_FD) else self.choosing.select_rows
+            self._scored(x_BD, W_enc_FD, lambda *scores: loop(*scores, by_size, *inputs, self.r, GUARD, *out, again))
+            if AGAIN_SHARE * int(again_B.count_nonzero()) > n_rows:
+                self.r = min(R_MAX, 2 * self.r)
         self.exact_a_row = float(exact_B.sum()) / max(1, n_rows)
         return values_BK, indices_BK
 
@@ -217,7 +226,8 @@ class CpuKernels(ReferenceKernels):
         arguments = (target_BD, indices_BK, values_BK, W_dec_FD)
         out = (residual_BD, grad_BD, delta_BK, error_B)
         arrays = (*(t.numpy() for t in arguments), np.float32(weight), *(t.numpy() for t in out))
-        self.team.run(*pieces(self.loops.reconstruct_rows, n_rows, ROWS_A_PIECE, arrays))
+        loop = self.tiles.reconstruct_wide_rows if _wide(values_BK.shape[1], W_dec_FD) else self.loops.reconstruct_rows
+        self.team.run(*pieces(loop, n_rows, ROWS_A_PIECE, arrays))
         return residual_BD, grad_BD, delta_BK, error_B.double().sum().float()
 
     # ------------------------------------------------------------------ sums over latents
@@ -225,14 +235,26 @@ class CpuKernels(ReferenceKernels):
         offsets_F = torch.empty(n_latents + 1, dtype=torch.int64)
         order_N, rows_N = (torch.empty(indices_BK.numel(), dtype=torch.int64) for _ in range(2))
         active = torch.ones_like(indices_BK, dtype=torch.float32) if values_BK is None else values_BK
-        arrays = (indices_BK.reshape(-1), active.reshape(-1), offsets_F, rows_N, order_N)
-        index, value, offset, row, place = (t.numpy() for t in arrays)
-        self.loops.group_pairs(index, value, indices_BK.shape[1], offset, row, place)
+        index, value, offset, row, place = (t.numpy() for t in (indices_BK.reshape(-1), active.reshape(-1), offsets_F, rows_N, order_N))
+        n_rows, width = indices_BK.shape
+        count = min(GROUPING_PIECES, max(1, index.size // (16 * n_latents)))
+        size = -(-n_rows // count) * width
+        next_PF = torch.empty(count, n_latents, dtype=torch.int64).numpy()
+        here = lambda p: (p * size, min(index.size, (p + 1) * size), index, value)  # noqa: E731
+        self.team.run(lambda p: self.loops.count_piece(*here(p), next_PF[p]), count)
+        self.loops.start_pieces(next_PF, offset)
+        self.team.run(lambda p: self.loops.place_piece(*here(p), width, next_PF[p], row, place), count)
         return Firing(order_N, rows_N, offsets_F, offsets_F.diff())
 
     def latent_sums(self, firing: Firing, weights_BK: Tensor, source_BD: Tensor) -> Tensor | RowSums:
-        sums = RowSums(self, [Part(firing, weights_BK.reshape(-1), source_BD.contiguous(), firing.counts_F.numel())])
-        return sums if self.lazy and source_BD.shape[1] > 1 else sums.dense()
+        n_latents, source_BD = firing.counts_F.numel(), source_BD.contiguous()
+        if source_BD.shape[1] == 1:
+            out_F1 = torch.empty(n_latents, 1)
+            tensors = (firing.offsets_F, firing.rows_N, firing.order_N, weights_BK.reshape(-1), source_BD, out_F1)
+            self.team.run(*pieces(self.loops.sum_numbers, n_latents, LATENTS_A_PIECE, tuple(t.numpy() for t in tensors)))
+            return out_F1
+        sums = RowSums(self, [Part(firing, weights_BK.reshape(-1), source_BD, n_latents)])
+        return sums if self.lazy else sums.dense()
 
     def _each_part(self, sums: RowSums, size: int) -> list[tuple[int, int, tuple[Any, ...], Any]]:
         """Pieces of at most `size` latents: (first latent, first within its part, last + 1 within it, what the loops call the pairs, the part)."""
@@ -266,6 +288,9 @@ class CpuKernels(ReferenceKernels):
         def piece(i: int) -> None:
             before, start, stop, arrays, part = ranges[i]
             here = slice(before, before + part.n_latents)
+            if len(out) and not sums.sphere and sums.extra is None and len(part.weights_N) >= MANY_PAIRS * part.n_latents:
+                squares[i] = self.tiles.sum_latents_in_blocks(start, stop, *arrays, out[here])
+                return
             squares[i] = self.loops.sum_latents(start, stop, *arrays, slots[here], extra, sums.sphere, weight[here], out[here])
 
         self.team.run(piece, len(ranges))
@@ -311,6 +336,10 @@ class CpuKernels(ReferenceKernels):
             torch.autograd.graph.increment_version(tensor)
         if ranked:
             self.ranker.kept(W_FD)
+
+
+def _wide(k: int, W_FD: Tensor) -> bool:
+    return WIDE * k >= W_FD.shape[0]
 
 
 def _extra(sums: RowSums) -> Any:

@@ -8,7 +8,7 @@ import numpy as np
 
 from saehub_native.kernels import compiled
 
-jit = compiled.compiler(compiled.__file__, *(str(Path(__file__).with_name(f"cpu_{name}.py")) for name in ("arithmetic", "select", "loops")))
+jit = compiled.compiler(compiled.__file__, *(str(Path(__file__).with_name(f"cpu_{name}.py")) for name in ("arithmetic", "select", "loops", "tiles")))
 prefetch = compiled.prefetcher()
 
 LINE = 16  # float32 numbers of a cache line
@@ -37,17 +37,20 @@ def add(factor, source, total):
         total[i] += factor * source[i]
 
 
-# Four at a time, the next four asked for: rows of weights come from far memory, and loads that overlap wait once.
+# Four at a time: loads that overlap wait once.
 
 
 @jit
-def dots(a_D, W_FD, index_C, count, out_C):
-    """out_C[c] = ⟨a, W[index_C[c]]⟩ for c < count."""
+def dots(a_D, W_FD, index_C, count, out_C, far):
+    """out_C[c] = ⟨a, W[index_C[c]]⟩ for c < count. `far`: the rows come from beyond the second cache, so the next ones are asked for."""
     d, c = a_D.shape[0], 0
-    while c + 4 <= count:
-        p, q, r, s = W_FD[index_C[c]], W_FD[index_C[c + 1]], W_FD[index_C[c + 2]], W_FD[index_C[c + 3]]
-        for ahead in range(c + 4, min(c + 8, count)):
-            prefetch_row(W_FD, index_C[ahead])
+    while c < count:
+        # Beyond the end the last row again: every product is computed in the same way, wherever it stands.
+        c1, c2, c3 = min(c + 1, count - 1), min(c + 2, count - 1), min(c + 3, count - 1)
+        p, q, r, s = W_FD[index_C[c]], W_FD[index_C[c1]], W_FD[index_C[c2]], W_FD[index_C[c3]]
+        if far:
+            for ahead in range(c + 4, min(c + 8, count)):
+                prefetch_row(W_FD, index_C[ahead])
         t0, t1, t2, t3 = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
         for i in range(d):
             a = a_D[i]
@@ -55,21 +58,19 @@ def dots(a_D, W_FD, index_C, count, out_C):
             t1 += a * q[i]
             t2 += a * r[i]
             t3 += a * s[i]
-        out_C[c], out_C[c + 1], out_C[c + 2], out_C[c + 3] = t0, t1, t2, t3
+        out_C[c3], out_C[c2], out_C[c1], out_C[c] = t3, t2, t1, t0
         c += 4
-    while c < count:
-        out_C[c] = dot(a_D, W_FD[index_C[c]])
-        c += 1
 
 
 @jit
-def weighted_sum(weight_C, W_FD, index_C, count, total_D):
-    """total += Σ_{c < count} weight_C[c] W[index_C[c]]."""
+def weighted_sum(weight_C, W_FD, index_C, count, total_D, far):
+    """total += Σ_{c < count} weight_C[c] W[index_C[c]]; `far` as in `dots`."""
     d, c = total_D.shape[0], 0
     while c + 4 <= count:
         p, q, r, s = W_FD[index_C[c]], W_FD[index_C[c + 1]], W_FD[index_C[c + 2]], W_FD[index_C[c + 3]]
-        for ahead in range(c + 4, min(c + 8, count)):
-            prefetch_row(W_FD, index_C[ahead])
+        if far:
+            for ahead in range(c + 4, min(c + 8, count)):
+                prefetch_row(W_FD, index_C[ahead])
         w0, w1, w2, w3 = weight_C[c], weight_C[c + 1], weight_C[c + 2], weight_C[c + 3]
         for i in range(d):
             total_D[i] += (w0 * p[i] + w1 * q[i]) + (w2 * r[i] + w3 * s[i])

@@ -97,11 +97,11 @@ def reconstruct_rows(start, stop, target_BD, index_BK, value_BK, W_dec_FD, weigh
         e_D, g_D = residual_BD[b], grad_BD[b]
         for i in range(d):
             e_D[i] = target_BD[b, i]
-        weighted_sum(value_K, W_dec_FD, index_K, n, e_D)
+        weighted_sum(value_K, W_dec_FD, index_K, n, e_D, True)
         error_B[b] = dot(e_D, e_D)
         for i in range(d):
             g_D[i] = np.float32(-2) * weight * e_D[i]
-        dots(g_D, W_dec_FD, index_K, n, delta_K)
+        dots(g_D, W_dec_FD, index_K, n, delta_K, False)
         for j in range(n):
             delta_BK[b, active_K[j]] = delta_K[j]
 
@@ -116,25 +116,50 @@ def row_norms(start, stop, x_BD, norm_B):
 # Latents: pairs grouped by latent, gradients, clipping, Adam, norm
 
 
+# Counting sort of the pairs of value ≠ 0 by latent, rows ascending; pairs of f: offset_F[f] … offset_F[f + 1] − 1.
+
+
 @jit
-def group_pairs(index_N, value_N, width, offset_F, row_N, place_N):
-    """Counting sort of the pairs of value ≠ 0 by latent, rows ascending. Pairs of f: offset_F[f] … offset_F[f + 1] − 1."""
-    n = offset_F.shape[0] - 1
-    for f in range(n + 1):
-        offset_F[f] = 0
-    for p in range(index_N.shape[0]):
+def count_piece(start, stop, index_N, value_N, count_F):
+    """count_F[f] = how many of the pairs start … stop − 1 are f's, of value ≠ 0."""
+    for f in range(count_F.shape[0]):
+        count_F[f] = 0
+    for p in range(start, stop):
         if value_N[p] != 0:
-            offset_F[index_N[p] + 1] += 1
-    for f in range(n):
-        offset_F[f + 1] += offset_F[f]
-    for p in range(index_N.shape[0]):
+            count_F[index_N[p]] += 1
+
+
+@jit
+def start_pieces(count_PF, offset_F):
+    """Offsets of all latents, and in place of the counts where each piece begins to write."""
+    total = 0
+    for f in range(count_PF.shape[1]):
+        offset_F[f] = total
+        for p in range(count_PF.shape[0]):
+            count = count_PF[p, f]
+            count_PF[p, f] = total
+            total += count
+    offset_F[count_PF.shape[1]] = total
+
+
+@jit
+def place_piece(start, stop, index_N, value_N, width, next_F, row_N, place_N):
+    """Write the pairs start … stop − 1 to their places."""
+    for p in range(start, stop):
         if value_N[p] != 0:
-            q = offset_F[index_N[p]]
+            q = next_F[index_N[p]]
             row_N[q], place_N[q] = p // width, p
-            offset_F[index_N[p]] = q + 1
-    for f in range(n, 0, -1):  # every offset has moved to where the next one began
-        offset_F[f] = offset_F[f - 1]
-    offset_F[0] = 0
+            next_F[index_N[p]] = q + 1
+
+
+@jit
+def sum_numbers(start, stop, offset_F, row_N, place_N, weight_N, source_B1, out_F1):
+    """As `sum_latents` for a source of width 1."""
+    for f in range(start, stop):
+        total = np.float32(0)
+        for q in range(offset_F[f], offset_F[f + 1]):
+            total += weight_N[place_N[q]] * source_B1[row_N[q], 0]
+        out_F1[f, 0] = total
 
 
 @jit
@@ -147,7 +172,7 @@ def _sum_pairs(f, offset_F, row_N, place_N, weight_N, source_BD, slot_F, extra_E
         n = min(4, offset_F[f + 1] - first)
         for q in range(n):
             weight_4[q] = weight_N[place_N[first + q]]
-        weighted_sum(weight_4, source_BD, row_N[first : first + n], n, total_D)
+        weighted_sum(weight_4, source_BD, row_N[first : first + n], n, total_D, False)
     s = slot_F[f]
     if s >= 0:
         add(np.float32(1), extra_ED[s], total_D)

@@ -67,7 +67,7 @@ def group_size(n, need):
     group = 16
     while group > 1 and n // group < 4 * need:
         group >>= 1
-    return group
+    return group if group > 2 else 1
 
 
 @jit
@@ -158,6 +158,12 @@ def _open(kind, by_size, scores32_F, scores16_F, scale_F, row_scale, b_enc_F, ne
     t = _float(_flipped(key))
     t -= abs(t) * np.float32(1e-6)  # a score is computed twice, and may be rounded in two ways
     m = 0
+    if group == 1:
+        for i in range(filled):
+            if keys_G[i] >= key:
+                found_C[m], score_C[m] = i, _float(_flipped(keys_G[i]))
+                m += 1
+        return m, t
     for i in range(filled):
         if keys_G[i] >= key:
             first = (i // LANES) * LANES * group + i % LANES if i < whole else whole * (group - 1) + i
@@ -176,7 +182,7 @@ def _computed(x_D, W_enc_FD, b_enc_F, by_size, level, done, m, found_C, score_C,
             found_C[c], found_C[done] = found_C[done], found_C[c]
             score_C[c], score_C[done] = score_C[done], score_C[c]
             done += 1
-    dots(x_D, W_enc_FD, found_C[first:done], done - first, value_C[first:done])
+    dots(x_D, W_enc_FD, found_C[first:done], done - first, value_C[first:done], True)
     for c in range(first, done):
         value = value_C[c] + b_enc_F[found_C[c]]
         value_C[c] = value
@@ -196,6 +202,21 @@ def _kth_largest(value_C, by_size, done, k, order_C):
 
 
 @jit
+def _ascending(found_C, value_C, count):
+    """Sort both by found_C."""
+    if count > 64:
+        order = np.argsort(found_C[:count])
+        found_C[:count], value_C[:count] = found_C[:count][order], value_C[:count][order]
+        return
+    for c in range(1, count):
+        f, value, j = found_C[c], value_C[c], c
+        while j > 0 and found_C[j - 1] > f:
+            found_C[j], value_C[j] = found_C[j - 1], value_C[j - 1]
+            j -= 1
+        found_C[j], value_C[j] = f, value
+
+
+@jit
 def _select(
     x_D, W_enc_FD, b_enc_F, kind, by_size, scores32_F, scores16_F, scale_F, row_scale, k, r, guard, maxima_G, found_C, score_C, value_C, order_C
 ):  # fmt: skip
@@ -203,7 +224,7 @@ def _select(
 
     k + r candidates are at hand (all latents with a score ≥ t), the best k of them are computed exactly, then all down to `guard` root mean
     square errors below the k-th exact value; where that is below t, twice as many candidates are taken.
-    The winners come first in found_C and value_C; those that a ReLU sets to zero are left out. Returns how many there are, how many
+    The winners come first in found_C and value_C, latents ascending; those that a ReLU sets to zero are left out. Returns how many there are, how many
     values were computed exactly, and how often the candidates had to be doubled.
     """
     n = b_enc_F.shape[0]
@@ -231,12 +252,12 @@ def _select(
             break
         need = min(n, 2 * need)
         again += 1
-    # Winners to the front: all above the k-th, then those equal to it, in order.
-    ties = min(k, done)
+    # Winners to the front: all above the k-th, then those equal to it; latents ascend, so that nothing after this depends on the scores.
+    _ascending(found_C, value_C, done)
+    last = _kth_largest(value_C, by_size, done, k, order_C)
+    ties, taken = min(k, done), 0
     for c in range(done):
-        if order_C[c] > last:
-            ties -= 1
-    taken = 0
+        ties -= 1 if order_C[c] > last else 0
     for c in range(done):
         keep = order_C[c] > last
         if order_C[c] == last and ties > 0:
@@ -290,7 +311,7 @@ def group_rows(
             best_K[j] = best
         for f in range(n):
             keys_F[f] = _flipped(keys_F[f])
-        dots(x_BD[b], W_enc_FD, best_K, k, value_K)
+        dots(x_BD[b], W_enc_FD, best_K, k, value_K, True)
         square, m = np.float32(0), k
         for j in range(k):
             value_K[j] += b_enc_F[best_K[j]]
@@ -360,7 +381,7 @@ def exact_rows(start, stop, x_BD, W_enc_FD, b_enc_F, index_BM, score_BM, count_B
             if score_BM[b, c] >= low_B[b] and score_BM[b, c] < high:
                 place_M[m], wanted_M[m] = c, index_BM[b, c]
                 m += 1
-        dots(x_BD[b], W_enc_FD, wanted_M, m, found_M)
+        dots(x_BD[b], W_enc_FD, wanted_M, m, found_M, True)
         total = np.float32(0)
         for j in range(m):
             value = found_M[j] + b_enc_F[wanted_M[j]]

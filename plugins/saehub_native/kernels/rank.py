@@ -58,6 +58,10 @@ class Ranker:
         """Whether the copies are those of this tensor as it stands."""
         return self._of == _mark(W_enc_FD)
 
+    def forget(self) -> None:
+        """The copies are of no tensor any more."""
+        self._of = None
+
     def kept(self, W_enc_FD: Tensor) -> None:
         """The copies were brought up to date together with the weights."""
         self._of = _mark(W_enc_FD)
