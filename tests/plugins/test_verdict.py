@@ -64,6 +64,12 @@ CASES = {
 
 
 @pytest.mark.quick
+def test_a_reason_is_said_once():
+    judgement = judge(replace(FINE, dead=0.97, bound=1e-3, recovered=0.2))  # dead by two rules, in the same words
+    assert judgement.verdict == "dead" and sum("97.0%" in reason for reason in judgement.reasons) == 1
+
+
+@pytest.mark.quick
 def test_every_rule_has_a_case_and_says_what_it_saw():
     assert [rule.id for rule in RULES] == list(CASES)
     for rule in RULES:

@@ -187,6 +187,7 @@ def judge(e: Evidence, t: VerdictConfig | None = None) -> Judgement:
     if hits:
         rule = hits[0][0]
         same = [reason for other, reason in hits if other.verdict == rule.verdict]
+        same = [reason for i, reason in enumerate(same) if not any(reason.startswith(before) for before in same[:i])]
         also = [f"also: {reason}" for other, reason in hits if other.verdict != rule.verdict and rule.verdict != "collapsed"]
         return Judgement(rule.verdict, tuple(dict.fromkeys([*same, *also])), flags, rule.next, rule.id, rule.doomed, score)
     doubts = _doubts(e, t)
