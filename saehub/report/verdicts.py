@@ -90,12 +90,17 @@ def layer_table(measurements: Iterable[Measurement | Mapping[str, Any]]) -> list
         latents = next((row.parts["latents"] for row in own if row.parts.get("latents")), None)
         site = next((row.site for row in own if row.site), None) or "-"
         lines.append((
-            sae, site, numbers.count(latents), numbers.percent(value("ce_recovered_zero")), numbers.value(value("fvu")), numbers.value(value("l0")),
+            sae, site, numbers.count(latents), _tenths(value("ce_recovered_zero")), numbers.value(value("fvu")), numbers.value(value("l0")),
             numbers.percent(dead) if dead is not None else numbers.percent(silent) if silent in (0, None) else f"≤ {numbers.percent(silent)}",
             f"{redundancy:.3f} ({null:.3f})" if redundancy is not None and null is not None else numbers.value(redundancy),
             verdict.word if verdict else "-", (verdict.standing if verdict else "") or "-",
         ))  # fmt: skip
     return sorted(lines, key=lambda line: _depth(line[1]))
+
+
+def _tenths(share: float | None) -> str:
+    """`98.0 %`: digits that stand under each other in a column."""
+    return "-" if share is None else f"{100 * share:.1f} %"
 
 
 def dataset_of(measurements: Iterable[Measurement]) -> str | None:
