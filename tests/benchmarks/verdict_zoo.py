@@ -81,17 +81,21 @@ def again(file: Path, wanted: list[str]) -> None:
     with TemporaryDirectory() as folder:
         fresh = Path(folder) / "again.jsonl"
         train(fresh, None, places, set(held))
-        equal, worst = 0, (0.0, "")
         found = [json.loads(line) for line in fresh.read_text().splitlines()]
-        for run in found:
-            stored = held[run["fault"], run["width"], run["seed"]]
-            equal += all(run[when] == stored[when] for when in ("early", "final"))
-            for when in ("early", "final"):
-                for name in run[when].keys() | stored[when].keys():
-                    a, b = run[when].get(name), stored[when].get(name)
-                    apart = abs(a - b) / max(abs(a), abs(b), 1e-30) if isinstance(a, float) and isinstance(b, float) else float(a != b)
-                    worst = max(worst, (apart, f"{name} ({when}) of {run['fault']}, {run['width']}, seed {run['seed']}"))
-    print(f"{equal} of {len(found)} runs gave the stored numbers in all 6 digits; largest relative difference {worst[0]:.1e} {worst[1]}")
+    equal = verdicts = 0
+    for run in found:
+        stored = held[run["fault"], run["width"], run["seed"]]
+        apart = [
+            (abs(run[when].get(name, 0) - stored[when].get(name, 0)), f"{name} ({when}) {stored[when].get(name)} -> {run[when].get(name)}")
+            for when in ("early", "final")
+            for name in run[when].keys() | stored[when].keys()
+            if run[when].get(name) != stored[when].get(name) and not isinstance(run[when].get(name, stored[when].get(name)), (str, list))
+        ]
+        same = all(judged(run, when).verdict == judged(stored, when).verdict for when in ("early", "final"))
+        equal, verdicts = equal + (not apart), verdicts + same
+        if apart:
+            print(f"{run['fault']}, {run['width']}, seed {run['seed']}: {len(apart)} numbers differ, most of all {max(apart)[1]}; verdicts {'the same' if same else 'differ'}")
+    print(f"{equal} of {len(found)} runs gave the stored numbers in all 6 digits; {verdicts} of {len(found)} the stored verdicts, early and final")
 
 
 def train(file: Path, only: str | None, places: set[tuple[int, int]] | None = None, known: set[tuple] | None = None) -> None:

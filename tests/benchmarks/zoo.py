@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from contextlib import chdir
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -83,7 +84,7 @@ class World:
 
     def __init__(self, folder: Path, rows: int = 60_000, eval_rows: int = 16_000, early_rows: int = 6_000, sites: tuple[str, ...] = SITES):
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.rows, self.eval_rows, self.early_rows, self.sites = Path(folder), rows, eval_rows, early_rows, sites
+        self.folder, self.rows, self.eval_rows, self.early_rows, self.sites = Path(folder).absolute(), rows, eval_rows, early_rows, sites
         self.spec = ModelSpec("builtin/tiny-llama", device="cpu")
         self.model = ModelHandle.load(self.spec)
         self.taps = {site: Site.parse(site).tap(self.model.shape) for site in sites}
@@ -95,7 +96,8 @@ class World:
         out = self.folder / f"{name}-{rows}"
         if not (out / "manifest.json").exists():
             entry = SourceEntry(source=source, split=split)
-            build([(entry, 1.0)], self.spec, TokenPolicy(CONTEXT), out, rows=rows, calibration=0, seed=seed, repeat=False)
+            with chdir(self.folder):  # the order of documents is drawn from the source's name, which must not be that of a temporary folder
+                build([(entry, 1.0)], self.spec, TokenPolicy(CONTEXT), out.absolute(), rows=rows, calibration=0, seed=seed, repeat=False)
         return TokenDataset.open(out)
 
     def _text(self, text: str, part: str, rows: int) -> TokenDataset:
@@ -103,7 +105,7 @@ class World:
             path = self.folder / f"template-{part}-{rows}.txt"
             if not path.exists():
                 template(path, rows // 12, 1 if part == "train" else 2)
-            return self.tokens(f"template-{part}", str(path), "all", rows)
+            return self.tokens(f"template-{part}", path.name, "all", rows)
         return self.tokens(f"{text}-{part}", f"builtin/python-{text}", part, rows)
 
     def _batches(self, tokens: TokenDataset) -> Iterator[Rows]:
