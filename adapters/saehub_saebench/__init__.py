@@ -48,6 +48,9 @@ def saehub_evaluators() -> list[Component]:
         ),
         _evaluator("ravel", "ravel:Ravel", "RavelConfig", "RAVEL: cause, isolation and disentanglement of an entity's attributes"),
         _evaluator(
+            "unlearning", "unlearning:Unlearning", "UnlearningConfig", "how many questions an instruct model forgets, and keeps, when latents are clamped"
+        ),
+        _evaluator(
             "meta_structure",
             "meta_structure:MetaStructure",
             "MetaStructureConfig",

@@ -24,6 +24,7 @@ class Absorption(BenchEvaluator):
 
     name = "absorption"
     admits = {"only": "resid_post"}
+    remembers = True
 
     def __init__(self, config: AbsorptionConfig | None = None):
         super().__init__(config or AbsorptionConfig())

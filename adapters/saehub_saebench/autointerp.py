@@ -27,6 +27,7 @@ class Autointerp(BenchEvaluator):
     """`saebench/autointerp`, on the hub's own sequences. SAEBench asks for `gpt-4o-mini` by name, whatever stands behind the address."""
 
     name = "autointerp"
+    remembers = True
 
     def __init__(self, config: AutointerpConfig | None = None):
         super().__init__(config or AutointerpConfig())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -151,6 +151,16 @@ def _missing(evaluator: str, names: tuple[str, ...], data_dir: str | None) -> li
     return hubdata.warnings(names, data_dir, evaluator)
 
 
+def _files(names: tuple[str, ...], data_dir: str | None, own: Iterable[str | None] = ()) -> list[str]:
+    """Local files and folders that decide the numbers: their contents are part of what a cached result is found by."""
+    from pathlib import Path
+
+    from saehub_saebench import hubdata
+
+    folders = [hubdata.local_folder(repo, data_dir) for repo in dict.fromkeys(map(hubdata.repository, names))]
+    return [str(path) for path in (*(Path(path).expanduser() for path in own if path), *folders) if path is not None]
+
+
 def _check_among(name: str, values: tuple[int, ...], allowed: tuple[int, ...]) -> None:
     odd = [value for value in values if value not in allowed]
     if odd or not values:
@@ -191,9 +201,17 @@ class SparseProbingConfig(_Autoencoders):
         if not self.dataset_names:
             raise ValueError("dataset_names is empty; name one or more")
 
+    def published(self) -> tuple[str, ...]:
+        """Datasets that SAEBench fetches itself."""
+        return tuple(name for name in self.dataset_names if name not in self.labelled)
+
+    def files(self) -> list[str]:
+        """Datasets on this machine."""
+        return _files(self.published(), self.data_dir, self.labelled.values())
+
     def warnings(self) -> list[str]:
         """For the plan: datasets that would have to be fetched."""
-        return _missing("sparse_probing", tuple(name for name in self.dataset_names if name not in self.labelled), self.data_dir)
+        return _missing("sparse_probing", self.published(), self.data_dir)
 
     @staticmethod
     def definitions() -> Mapping[str, Definition]:
@@ -238,6 +256,10 @@ class _PerturbationConfig(_Autoencoders):
         _check_among("n_values", self.n_values, (2, 5, 10, 20, 50, 100, 500))
         if not self.dataset_names:
             raise ValueError("dataset_names is empty; name one or both of SAEBench's")
+
+    def files(self) -> list[str]:
+        """Datasets on this machine."""
+        return _files(self.dataset_names, self.data_dir)
 
 
 @dataclass(frozen=True)
@@ -369,8 +391,11 @@ class AutointerpConfig(_Autoencoders):
         return definitions("autointerp")
 
 
+RAVEL_PROMPTS = "adamkarvonen/ravel_prompts"
+
+
 @dataclass(frozen=True)
-class RavelConfig:
+class RavelConfig(_Autoencoders):
     """Settings of `saebench/ravel`; the defaults are the paper's."""
 
     entity_attribute_selection: dict[str, tuple[str, ...]] = field(
@@ -407,9 +432,13 @@ class RavelConfig:
         if any(len(names) < 2 for names in self.entity_attribute_selection.values()):
             raise ValueError(f"entity_attribute_selection is {dict(self.entity_attribute_selection)}; isolation needs two attributes of each entity type")
 
+    def files(self) -> list[str]:
+        """Prompts on this machine."""
+        return _files((RAVEL_PROMPTS,), self.data_dir)
+
     def warnings(self) -> list[str]:
         """For the plan: prompts that would have to be fetched."""
-        return _missing("ravel", ("adamkarvonen/ravel_prompts",), self.data_dir)
+        return _missing("ravel", (RAVEL_PROMPTS,), self.data_dir)
 
     @staticmethod
     def definitions() -> Mapping[str, Definition]:
@@ -417,3 +446,94 @@ class RavelConfig:
         from saehub_saebench.definitions import definitions
 
         return definitions("ravel")
+
+
+FORGET_FILE = "bio-forget-corpus.jsonl"
+WMDP, MMLU, WIKITEXT = "cais/wmdp", "cais/mmlu", "wikitext"
+TARGET = "wmdp-bio"
+
+
+@dataclass(frozen=True)
+class UnlearningConfig(_Autoencoders):
+    """Settings of `saebench/unlearning`; the defaults are SAEBench's, chosen for Gemma-2-2B-it. It needs an instruct model that knows the answers."""
+
+    dataset_names: tuple[str, ...] = (TARGET, "high_school_us_history", "college_computer_science", "high_school_geography", "human_aging")
+    """Questions: `wmdp-bio`, to be unlearnt, and subjects of MMLU, to be kept."""
+    data_dir: str | None = None
+    """Folder that holds bio-forget-corpus.jsonl, and hub datasets under their names (`cais/wmdp` …); None: `data`, and for datasets the cache, or the hub."""
+    forget: str | None = None
+    """Text about what is to be forgotten: a file of lines {"text": …}. None: bio-forget-corpus.jsonl, which its authors hand out on request."""
+    retain: str | None = None
+    """Other text, likewise: latents that fire on it are left alone. None: wikitext-2, as in SAEBench."""
+    questions: dict[str, str] = field(default_factory=dict)
+    """Questions of your own in place of the hub's: name in `dataset_names` -> file of lines {"question": …, "choices": [4 texts], "answer": 0 to 3}."""
+    question_ids: str | None = None
+    """Folder like SAEBench's `question_ids`, of questions that the model is known to know; None: it is asked all, in every order of the choices."""
+    retain_thresholds: tuple[float, ...] = (0.001, 0.01)
+    """Latents that fire on more than this share of the tokens to retain are left alone."""
+    n_features_list: tuple[int, ...] = (10, 20)
+    """Latents that are clamped: those that fire most on the text to forget."""
+    multipliers: tuple[int, ...] = (25, 50, 100, 200)
+    """They are clamped to minus this wherever they fire, in units of the norm of their decoder rows."""
+    dataset_size: int = 1024
+    """Sequences on which firing is counted."""
+    seq_len: int = 1024
+    """Their length."""
+    llm_batch_size: int = 4
+    """Sequences in one forward pass; twice as many questions."""
+    seeds: tuple[int, ...] = SEEDS
+    """Which texts are read, and in what order."""
+
+    def __post_init__(self) -> None:
+        _check_seeds(self.seeds)
+        _check_positive(self, "n_features_list", "multipliers", "dataset_size", "seq_len", "llm_batch_size")
+        if not self.retain_thresholds or any(not 0 < value <= 1 for value in self.retain_thresholds):
+            raise ValueError(f"retain_thresholds is {list(self.retain_thresholds)}; shares of tokens, above 0, are needed")
+        kept = [name for name in self.dataset_names if name not in (TARGET, "college_biology")]
+        if TARGET not in self.dataset_names or not kept:
+            raise ValueError(f"dataset_names is {list(self.dataset_names)}; SAEBench needs {TARGET} to unlearn, and something to keep (it leaves college_biology out)")
+        unknown = [name for name in self.questions if name not in self.dataset_names]
+        if unknown:
+            raise ValueError(f"questions names {', '.join(unknown)}, which dataset_names does not")
+
+    def repositories(self) -> tuple[str, ...]:
+        """Hub datasets that are needed beside one's own files."""
+        asked = [WMDP if name == TARGET else MMLU for name in self.dataset_names if name not in self.questions]
+        return tuple(dict.fromkeys([*asked, *([] if self.retain else [WIKITEXT])]))
+
+    def forget_file(self) -> str:
+        """Where the texts to forget are."""
+        from pathlib import Path
+
+        from saehub_saebench.hubdata import DATA_DIR
+
+        return str(Path(self.forget or Path(self.data_dir or DATA_DIR) / FORGET_FILE).expanduser().absolute())
+
+    def files(self) -> list[str]:
+        """Texts and questions on this machine."""
+        return _files(self.repositories(), self.data_dir, (self.forget_file(), self.retain, self.question_ids, *self.questions.values()))
+
+    def how_to_get_the_corpus(self) -> str:
+        """For errors and the plan."""
+        from saehub_saebench.hubdata import DATA_DIR
+
+        return (
+            f"ask for {FORGET_FILE} (the form on https://huggingface.co/datasets/cais/wmdp-corpora) and put it into {self.data_dir or DATA_DIR}; "
+            'or with: {forget: FILE} of lines {"text": …} of your own'
+        )
+
+    def warnings(self) -> list[str]:
+        """For the plan: what would have to be fetched, or asked for."""
+        from pathlib import Path
+
+        told = _missing("unlearning", self.repositories(), self.data_dir)
+        if not self.forget and not Path(self.forget_file()).is_file():
+            told.append(f"saebench/unlearning needs text about what is to be forgotten: {self.how_to_get_the_corpus()}")
+        return told
+
+    @staticmethod
+    def definitions() -> Mapping[str, Definition]:
+        """Definition id -> title and formula, for reports."""
+        from saehub_saebench.definitions import definitions
+
+        return definitions("unlearning")

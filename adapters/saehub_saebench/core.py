@@ -97,7 +97,6 @@ class Core(BenchEvaluator):
     admits = {"row_wise": False, "heads": True}
 
     def __init__(self, config: CoreConfig | None = None, share: bool = True):
-        """`share` False runs every forward pass again for each SAE, as SAEBench does: for comparison."""
         super().__init__(config or CoreConfig())
         self.share = share
 

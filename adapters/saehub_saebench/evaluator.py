@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import traceback
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,14 @@ from saehub.api import EvalContext, Measurement, Subject
 from saehub.errors import SaehubError
 from saehub_saebench.admission import bridge_of, refusal
 from saehub_saebench.isolation import private_folder, seed_everything, untouched_world
+from saehub_saebench.lockstep import Remembered
 from saehub_saebench.rows import Place, Scores, measurements
 from saehub_saebench.sae import FOLDED, BenchSAE, bench_sae
 
 Key = tuple[str | None, str | None]
 """(dataset, its hash) of some rows; (None, None) for those over all datasets."""
+PATHS = ("data_dir", "labelled", "forget", "retain", "questions", "question_ids")
+"""Settings that name files or folders."""
 
 
 class BenchEvaluator:
@@ -28,9 +31,13 @@ class BenchEvaluator:
     admits: Mapping[str, Any] = {}
     """Keywords of `admission.refusal`."""
     needs_model = True
+    remembers = False
+    """Whether `score` reads activations alone, which are then the same for every SAE."""
+    share = True
+    """False: every forward pass is made again for each SAE, as SAEBench does, for comparison."""
 
     def __init__(self, config: Any):
-        self.config = config
+        self.config = rooted(config)
 
     # What a subclass says
 
@@ -70,6 +77,15 @@ class BenchEvaluator:
         model = bridge_of(context) if self.needs_model else None
         saes = {subject.id: self.wrap(subject, context) for subject in taken}
         notes |= {name: self.note(sae) for name, sae in saes.items()}
+        activations = Path(context.work_dir).absolute() / f"activations-{self.name}"
+        shutil.rmtree(activations, ignore_errors=True)
+        asked = Remembered(model, activations) if self.remembers and self.share else model
+        try:
+            self._seeds(context, taken, saes, model, asked, scores, reasons)
+        finally:
+            shutil.rmtree(activations, ignore_errors=True)
+
+    def _seeds(self, context: EvalContext, taken: list[Subject], saes: dict[str, BenchSAE], model: Any, asked: Any, scores: dict, reasons: dict) -> None:
         for done, seed in enumerate(self.config.seeds):
             shared = Path(context.work_dir).absolute() / f"shared-{self.name}-{seed}"
             shutil.rmtree(shared, ignore_errors=True)
@@ -80,7 +96,7 @@ class BenchEvaluator:
                     self.prepare(context, model, list(saes.values()), seed, shared)
                 for at, subject in enumerate(taken):
                     if reasons[subject.id] is None:
-                        self._one(subject, saes[subject.id], model, seed, shared, context, scores, reasons)
+                        self._one(subject, saes[subject.id], asked, seed, shared, context, scores, reasons)
                     part = (done + (at + 1) / len(taken)) / len(self.config.seeds)
                     context.emit({"progress": part, "text": f"seed {seed}: {subject.id}"})
             finally:
@@ -125,6 +141,13 @@ class BenchEvaluator:
             here = Place(self.name, subject, context, self.config.seeds, dataset, digest, notes.get(subject.id))
             rows += measurements(here, {seed: by_key[dataset, digest] for seed, by_key in found.items()})
         return rows
+
+
+def rooted(config: Any) -> Any:
+    """`config` with absolute paths: SAEBench runs in folders of its own."""
+    whole = lambda path: path and str(Path(path).expanduser().absolute())  # noqa: E731
+    given = {name: getattr(config, name) for name in PATHS if getattr(config, name, None)}
+    return replace(config, **{name: {key: whole(path) for key, path in value.items()} if isinstance(value, Mapping) else whole(value) for name, value in given.items()})
 
 
 def standardise(sae: BenchSAE) -> None:

@@ -13,6 +13,9 @@ from saehub.jsonio import hash_json
 DATA_DIR = "data"
 """Where the printed commands put datasets when a recipe names no `data_dir`."""
 
+MOVED = {"wikitext": "Salesforce/wikitext"}
+"""Name that SAEBench uses -> where the hub has it."""
+
 
 def repository(name: str) -> str:
     """The hub repository behind a dataset's name in SAEBench: `LabHC/bias_in_bios_class_set1` is `LabHC/bias_in_bios`."""
@@ -21,7 +24,7 @@ def repository(name: str) -> str:
 
 def fetch_command(repo: str, data_dir: str | None, kind: str = "dataset") -> str:
     """The command that puts a repository where `data_dir` expects it."""
-    return f"hf download {repo} --repo-type {kind} --local-dir {Path(data_dir or DATA_DIR) / repo}"
+    return f"hf download {MOVED.get(repo, repo)} --repo-type {kind} --local-dir {Path(data_dir or DATA_DIR) / repo}"
 
 
 def local_folder(repo: str, data_dir: str | None) -> Path | None:
@@ -33,9 +36,12 @@ def local_folder(repo: str, data_dir: str | None) -> Path | None:
 def in_cache(repo: str) -> bool:
     """Whether a copy lies in the caches of datasets or huggingface_hub."""
     home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
-    built = Path(os.environ.get("HF_DATASETS_CACHE", home / "datasets")) / repo.replace("/", "___")
-    raw = Path(os.environ.get("HF_HUB_CACHE", home / "hub")) / f"datasets--{repo.replace('/', '--')}" / "snapshots"
-    return built.is_dir() or raw.is_dir()
+    built, raw = Path(os.environ.get("HF_DATASETS_CACHE", home / "datasets")), Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
+    for name in {repo, MOVED.get(repo, repo)}:
+        owned = "/" in name  # what was built of any local folder `wikitext` lies under that name, too
+        if owned and (built / name.replace("/", "___")).is_dir() or (raw / f"datasets--{name.replace('/', '--')}" / "snapshots").is_dir():
+            return True
+    return False
 
 
 def absent(names: Iterable[str], data_dir: str | None) -> list[str]:

@@ -69,6 +69,19 @@ def private_folder(base: Path, **identity: Any) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextmanager
+def replaced(module: Any, **names: Any) -> Iterator[None]:
+    """Other values for some names of a module, for as long as the block runs: what SAEBench takes from a constant where no argument is offered."""
+    before = {name: getattr(module, name) for name in names}
+    for name, value in names.items():
+        setattr(module, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(module, name, value)
+
+
 def seed_everything(seed: int) -> None:
     """Seed Python's, NumPy's and torch's global random states: several of SAEBench's evals never do."""
     random.seed(seed)

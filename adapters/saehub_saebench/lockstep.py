@@ -1,18 +1,25 @@
-"""Forward passes that no SAE enters in; each computed once and handed to every SAE of a run, one batch in memory at a time, out.
+"""Forward passes that no SAE enters in; each computed once and handed to every SAE of a run, one batch in memory at a time or from files, out.
 
 SAEBench evaluates one SAE from beginning to end, then the next, and runs the unchanged and the ablated model again for each. Here every
 SAE's evaluation is a thread; exactly one runs at a time, and none goes on to a batch before all have arrived there. So SAEBench's code
 stays as it is, a batch's logits are shared and dropped when the last SAE is done with them, and every number is bit-identical.
+
+Evals that read activations alone, batch after batch and several times (absorption, autointerp, unlearning), find them in files instead.
 """
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Callable, Hashable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from saehub.jsonio import hash_json, sha256_tensor
 
 
 class Lockstep:
@@ -95,3 +102,35 @@ class SharedModel:
         """The activations of a site."""
         names = tuple(names_filter) if isinstance(names_filter, list) else names_filter
         return self._get(("cache", names), partial(self.model.run_with_cache, tokens, names_filter=names_filter, **options))
+
+
+class Remembered:
+    """The model, whose activations are computed once for each batch of tokens and read back, bit for bit, for every further SAE, pass and seed."""
+
+    def __init__(self, model: Any, folder: Path):
+        self.model, self.folder = model, folder
+        self.computed = 0
+        """Forward passes made."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        return self.model(*args, **options)
+
+    def run_with_cache(self, tokens: Tensor | list[str], names_filter: Any = None, **options: Any) -> tuple[None, dict[str, Tensor]]:
+        """No logits, and the tensors at the sites asked for, by name."""
+        names = [names_filter] if isinstance(names_filter, str) else list(names_filter)
+        batch = sha256_tensor(tokens.cpu()) if isinstance(tokens, Tensor) else list(tokens)
+        file = self.folder / f"{hash_json([batch, names, sorted(map(str, options.items()))])[:32]}.safetensors"
+        if file.exists():
+            return None, load_file(file, device=str(self.model.cfg.device))
+        self.computed += 1
+        found = self.model.run_with_cache(tokens, names_filter=names_filter, **options)[1]
+        kept = {name: found[name].contiguous() for name in names}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if shutil.disk_usage(self.folder).free > 8 * sum(tensor.nbytes for tensor in kept.values()) + 2**30:
+            part = file.with_suffix(".part")
+            save_file(kept, part)
+            part.replace(file)
+        return None, {name: found[name] for name in names}

@@ -15,14 +15,13 @@ from saehub.api import EvalContext, ModelShape
 from saehub.errors import StageFailed
 from saehub.jsonio import hash_json, sha256_file
 from saehub_saebench import hubdata
-from saehub_saebench.config import RavelConfig
+from saehub_saebench.config import RAVEL_PROMPTS, RavelConfig
 from saehub_saebench.definitions import BY_EVALUATOR
 from saehub_saebench.evaluator import BenchEvaluator, Key
 from saehub_saebench.output import plain, provenance
 from saehub_saebench.rows import Scores
 from saehub_saebench.sae import BenchSAE
 
-PROMPTS = "adamkarvonen/ravel_prompts"
 FILES = ("entity_attributes", "attribute_to_prompts", "prompt_to_split", "entity_to_split")
 LAYERS = {"llama": ("model", "Gemma2ForCausalLM"), "gemma2": ("model", "Gemma2ForCausalLM"), "gpt_neox": ("gpt_neox", "GPTNeoXForCausalLM")}
 """Family -> the module that holds `layers`, and an architecture of SAEBench's table that finds them there."""
@@ -56,11 +55,11 @@ class Ravel(BenchEvaluator):
         absent = [path.name for path in self._files() if not path.is_file()]
         if absent and (self.config.data_dir or hubdata.offline()):
             raise StageFailed(
-                f"saebench/ravel needs {', '.join(absent)}", where="data_dir", fix=hubdata.commands([PROMPTS], self.config.data_dir)
+                f"saebench/ravel needs {', '.join(absent)}", where="data_dir", fix=hubdata.commands([RAVEL_PROMPTS], self.config.data_dir)
             )
 
     def _folder(self) -> Path:
-        return Path(self.config.data_dir or "").expanduser().absolute() / PROMPTS
+        return Path(self.config.data_dir or "").expanduser().absolute() / RAVEL_PROMPTS
 
     def _files(self) -> list[Path]:
         return [self._folder() / f"ravel_{entity}_{name}.json" for entity in self.config.entity_attribute_selection for name in FILES]
@@ -101,7 +100,7 @@ class Ravel(BenchEvaluator):
             **provenance(sae),
         )
         digest = hash_json([sha256_file(path) for path in self._files()]) if self.config.data_dir else "hub"
-        return {(PROMPTS, digest): Scores(values, output=plain(result))}
+        return {(RAVEL_PROMPTS, digest): Scores(values, output=plain(result))}
 
 
 class TupleOut(nn.Module):

@@ -33,21 +33,16 @@ class SparseProbing(BenchEvaluator):
         """At each k."""
         return ["sae_test_accuracy", *(f"sae_top_k_test_accuracy@{k}" for k in self.config.k_values)]
 
-    @property
-    def _published(self) -> list[str]:
-        """Datasets that SAEBench fetches itself."""
-        return [name for name in self.config.dataset_names if name not in self.config.labelled]
-
     def check(self, context: EvalContext) -> None:
         """Datasets that are there, and known."""
         from sae_bench.sae_bench_utils.dataset_info import chosen_classes_per_dataset
 
-        for name in self._published:
+        for name in self.config.published():
             if name not in chosen_classes_per_dataset:
                 raise UsageError(
                     f"SAEBench knows no dataset {name!r}", fix=f"one of {', '.join(chosen_classes_per_dataset)}, or labelled: {{{name}: FOLDER}}"
                 )
-        hubdata.require(self._published, self.config.data_dir, self.name)
+        hubdata.require(self.config.published(), self.config.data_dir, self.name)
 
     def _settings(self, sae: BenchSAE, seed: int) -> Any:
         from sae_bench.evals.sparse_probing.eval_config import SparseProbingEvalConfig
@@ -67,7 +62,7 @@ class SparseProbing(BenchEvaluator):
                 if name in self.config.dataset_names:
                     self._label(name, Path(source), sae, model, seed, folder, context)
             identity = Identity(copy.copy(sae.cfg), sae.cfg.d_in, sae.device, sae.dtype)
-            with hubdata.found_here(self._published, self.config.data_dir, self.name):
+            with hubdata.found_here(self.config.published(), self.config.data_dir, self.name):
                 run_eval_single_sae(self._settings(sae, seed), identity, model, context.device, str(folder))
 
     def _label(self, name: str, source: Path, sae: BenchSAE, model: Any, seed: int, folder: Path, context: EvalContext) -> None:

@@ -59,32 +59,36 @@ class SpellingStage(Stage):
 
 
 class InstructedStage(SpellingStage):
-    """The same with Gemma's word for BOS, which SAEBench writes into its prompts."""
+    """The same in two layers and with a chat template: a model that can be asked questions. It knows nothing; a test takes what it says for right."""
 
     @property
     def spec(self) -> ModelSpec:
         """The model, float32 on the CPU."""
         folder = self.folder / "instructed"
         if not (folder / "config.json").exists():
-            spelling_model(folder, bos="<bos>")
+            spelling_model(folder, bos="<bos>", layers=2, spread=0.4, template=CHAT)
         return ModelSpec(name=str(folder), device="cpu", attention="eager")
 
 
-def spelling_model(folder: Path, d_model: int = 32, bos: str = "<s>") -> Path:
-    """Write it."""
+CHAT = "{{ bos_token }}<start_of_turn>user\n{{ messages[0]['content'] | trim }}<end_of_turn>\n{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+"""Gemma's turns."""
+
+
+def spelling_model(folder: Path, d_model: int = 32, bos: str = "<s>", layers: int = 1, spread: float = 0.02, template: str | None = None) -> Path:
+    """Write it; `spread` is the standard deviation of the random weights."""
     import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     draw = random.Random(0)
     alphabet = "abcdefghijklmnopqrstuvwxyz"
     words = {letter: sorted({letter + "".join(draw.choice(alphabet) for _ in range(4)) for _ in range(SpellingStage.WORDS_A_LETTER)}) for letter in alphabet}
-    template = ["has", "the", "first", "letter", ":"]
-    names = [bos, "</s>", "<unk>", *template, *alphabet.upper(), *(word for group in words.values() for word in group)]
+    names = [bos, "</s>", "<unk>", "has", "the", "first", "letter", ":", *alphabet.upper(), *(word for group in words.values() for word in group)]
     tokenizer = Tokenizer(models.WordLevel({name: number for number, name in enumerate(dict.fromkeys(names))}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token="</s>", unk_token="<unk>")
+    fast.chat_template = template
     config = transformers.LlamaConfig(
-        vocab_size=len(fast), hidden_size=d_model, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        vocab_size=len(fast), hidden_size=d_model, intermediate_size=64, num_hidden_layers=layers, initializer_range=spread, num_attention_heads=2, num_key_value_heads=2,
         max_position_embeddings=128, bos_token_id=0, eos_token_id=1, tie_word_embeddings=False,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(0)
@@ -193,22 +197,101 @@ class RavelStage(Stage):
         return folder
 
 
-def unlearning_data(folder: Path) -> Path:
-    """`folder` with a forget corpus, multiple-choice questions and text in the columns of the hub's datasets: for the mechanics only."""
+SUBJECT = "human_aging"
+
+
+def unlearning_files(stage: Stage, folder: Path, n: int = 6) -> dict[str, object]:
+    """Settings of `saebench/unlearning`: text and questions about words of the letters e to h to be forgotten, of m to z to be kept; the right
+    answers are those that the model gives. Hub layouts in `folder/hub` hold the same questions."""
+    vocabulary = sorted(name for name in stage.model.tokenizer.get_vocab() if name.isalpha() and name.islower() and len(name) == 5 and name not in ("first",))
+    sides = {"forget": [w for w in vocabulary if w[0] in "efgh"], "retain": [w for w in vocabulary if w[0] >= "m"]}
     draw = random.Random(0)
-    sentence = lambda words, n: " ".join(draw.choice(words) for _ in range(n))  # noqa: E731
-    write_lines(folder / "bio-forget-corpus.jsonl", [{"text": sentence(["virus", "cell", "gene", "toxin"], 40)} for _ in range(30)])
-    question = lambda: {"question": sentence(["which", "cell", "is"], 4), "choices": ["one", "two", "three", "four"], "answer": draw.randrange(4)}  # noqa: E731
-    places = {("cais/wmdp", "wmdp-bio"): [question() for _ in range(4)], ("cais/mmlu", "human_aging"): [question() for _ in range(4)]}
-    places["wikitext", "wikitext-2-raw-v1"] = [{"text": sentence(["the", "old", "ship", "sails"], 40)} for _ in range(30)]
-    for (repo, config), rows in places.items():
-        write_lines(folder / repo / config / "test.jsonl", rows)
-        files = f"  - config_name: {config}\n    data_files:\n      - {{split: test, path: {config}/test.jsonl}}\n"
-        (folder / repo / "README.md").write_text(f"---\nconfigs:\n{files}---\n")
-    for split in ("all", "train", "test"):
-        ids = folder / "question_ids" / split
-        ids.mkdir(parents=True)
-        for name in ("wmdp-bio", "mmlu-human-aging"):
+    for side, words in sides.items():
+        write_lines(folder / f"{side}.jsonl", [{"text": " ".join(draw.choice(words) for _ in range(30))} for _ in range(12)])
+    for name, side in (("wmdp-bio", "forget"), (SUBJECT, "retain")):
+        rows = []
+        for _ in range(n):
+            row = {"question": " ".join(draw.choice(sides[side]) for _ in range(5)), "choices": draw.sample(sides[side], 4)}
+            rows.append({**row, "answer": said(stage, prompt(name, row))})
+        write_lines(folder / f"{name}.jsonl", rows)
+    for split in ("all", "train", "test"):  # all questions count as known: no toy answers right in all 24 orders
+        for name in ("wmdp-bio", f"mmlu-{SUBJECT.replace('_', '-')}"):
             for kind in ("correct", "correct-iff-question", "correct-no-tricks"):
-                (ids / f"{name}_{kind}.csv").write_text("0\n1\n2\n3\n")
-    return folder
+                target = folder / "question_ids" / split / f"{name}_{kind}.csv"
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_text("".join(f"{number}\n" for number in range(n)))
+    hub(folder)
+    return {
+        "dataset_names": ["wmdp-bio", SUBJECT], "forget": str(folder / "forget.jsonl"), "retain": str(folder / "retain.jsonl"),
+        "questions": {name: str(folder / f"{name}.jsonl") for name in ("wmdp-bio", SUBJECT)}, "question_ids": str(folder / "question_ids"),
+        "retain_thresholds": [0.05], "n_features_list": [2, 8], "multipliers": [1, 100], "dataset_size": 16, "seq_len": 16,
+    }  # fmt: skip
+
+
+def prompt(name: str, row: dict) -> str:
+    """SAEBench's prompt about one question, in Gemma's turns."""
+    subject = "biology" if name == "wmdp-bio" else name.replace("_", " ")
+    lines = [f"The following are multiple choice questions (with answers) about {subject}.", row["question"]]
+    lines += [f"{letter}. {choice}" for letter, choice in zip("ABCD", row["choices"], strict=True)]
+    return "<bos><start_of_turn>user\n" + "\n".join(lines) + "<end_of_turn>\n<start_of_turn>model\nAnswer: ("
+
+
+def said(stage: Stage, text: str) -> int:
+    """The letter that the model would say next, as a number from 0 to 3."""
+    words = stage.model.tokenizer
+    with torch.no_grad():
+        logits_V = stage.model.hf(torch.tensor([words.encode(text, add_special_tokens=False)])).logits[0, -1]
+    return int(logits_V[torch.tensor(words.convert_tokens_to_ids(list("ABCD")))].argmax())
+
+
+def hub(folder: Path) -> None:
+    """The same in the layout in which the hub's datasets come down, and the corpus under its own name."""
+    places = {("cais/wmdp", "wmdp-bio"): "wmdp-bio", ("cais/mmlu", SUBJECT): SUBJECT, ("wikitext", "wikitext-2-raw-v1"): "retain"}
+    for (repo, config), name in places.items():
+        target = folder / "hub" / repo
+        (target / config).mkdir(parents=True)
+        (target / config / "test.jsonl").write_text((folder / f"{name}.jsonl").read_text())
+        files = f"  - config_name: {config}\n    data_files:\n      - {{split: test, path: {config}/test.jsonl}}\n"
+        (target / "README.md").write_text(f"---\nconfigs:\n{files}---\n")
+    (folder / "hub" / "bio-forget-corpus.jsonl").write_text((folder / "forget.jsonl").read_text())
+
+
+PERTURBED = {"dataset_names": [BIOS], "n_values": [2], "train_set_size": 24, "test_set_size": 12, "context_length": 16, "probe_epochs": 2}
+EXAMPLES = {f"n_{kind}": 1 for kind in ("top_ex_for_generation", "iw_sampled_ex_for_generation", "top_ex_for_scoring", "iw_sampled_ex_for_scoring")}
+SETTINGS = {
+    "core": {"batch_size_prompts": 4, "seeds": [1, 2]},
+    "meta_structure": {"train_steps": 20, "train_batch_size": 32, "seeds": [1, 2]},
+    "sae_probes": {"dataset_names": ["119_us_state_TX"], "ks": [1], "reg_type": "l2", "include_llm_baseline": False},
+    "sparse_probing": {"dataset_names": ["own"], "k_values": [1], "probe_train_set_size": 24, "probe_test_set_size": 12, "context_length": 16},
+    "scr": {**PERTURBED, "pairs": {BIOS: [["professor", "nurse"]]}},
+    "tpp": PERTURBED,
+    "absorption": {"max_k_value": 1, "k_sparse_probe_num_epochs": 10},
+    "ravel": {
+        "entity_attribute_selection": {"city": ["Country", "Language"]}, "num_pairs_per_attribute": 12, "top_n_entities": 16, "n_generated_tokens": 2,
+        "llm_batch_size": 2, "num_epochs": 1,
+    },
+    "unlearning": {"retain_thresholds": [0.5], "n_features_list": [2], "multipliers": [20]},
+    "autointerp": {**EXAMPLES, "n_latents": 4, "dead_latent_threshold": 3, "buffer": 2, "n_random_ex_for_scoring": 4},
+}
+"""Evaluator -> settings that are small enough for a test."""
+
+
+def prepared(word: str, folder: Path) -> tuple[Stage | None, dict]:
+    """The model that an evaluator needs (None: any) and its settings on local data, both made in `folder`."""
+    stage, with_ = None, {"seeds": [1], **SETTINGS[word]}
+    (folder / "stage").mkdir(parents=True, exist_ok=True)
+    if word in ("scr", "tpp", "sparse_probing"):
+        with_["data_dir"] = str(labelled_texts(folder / "data"))
+    if word == "sparse_probing":
+        with_["labelled"] = {"own": str(folder / "data" / "own")}
+    if word == "absorption":
+        stage = SpellingStage(folder / "stage")
+    if word == "ravel":
+        stage = RavelStage(folder / "stage")
+        with_["data_dir"] = str(stage.prompts(folder / "data"))
+    if word == "unlearning":
+        stage = InstructedStage(folder / "stage")
+        with_ = {**unlearning_files(stage, folder / "data", n=2), **with_}
+    if word == "autointerp":
+        with_["base_url"] = Judge().__enter__().url  # a daemon thread: it ends with the tests
+    return stage, with_

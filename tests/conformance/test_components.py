@@ -138,58 +138,12 @@ def sparsify(word: str) -> dict:
 toys = spec_from_file_location("saebench_toys", Path(__file__).parents[1] / "adapters" / "saebench_toys.py")
 saebench_toys = module_from_spec(toys)
 toys.loader.exec_module(saebench_toys)
-PERTURBED = {"dataset_names": [saebench_toys.BIOS], "n_values": [2], "train_set_size": 24, "test_set_size": 12, "context_length": 16, "probe_epochs": 2}
-EXAMPLES = {f"n_{kind}": 1 for kind in ("top_ex_for_generation", "iw_sampled_ex_for_generation", "top_ex_for_scoring", "iw_sampled_ex_for_scoring")}
-SAEBENCH = {
-    "core": {"batch_size_prompts": 4, "seeds": [1, 2]},
-    "meta_structure": {"train_steps": 20, "train_batch_size": 32, "seeds": [1, 2]},
-    "sae_probes": {"dataset_names": ["119_us_state_TX"], "ks": [1], "reg_type": "l2", "include_llm_baseline": False},
-    "sparse_probing": {"dataset_names": ["own"], "k_values": [1], "probe_train_set_size": 24, "probe_test_set_size": 12, "context_length": 16},
-    "scr": {**PERTURBED, "pairs": {saebench_toys.BIOS: [["professor", "nurse"]]}},
-    "tpp": PERTURBED,
-    "absorption": {"max_k_value": 1, "k_sparse_probe_num_epochs": 10},
-    "ravel": {
-        "entity_attribute_selection": {"city": ["Country", "Language"]}, "num_pairs_per_attribute": 12, "top_n_entities": 16, "n_generated_tokens": 2,
-        "llm_batch_size": 2, "num_epochs": 1,
-    },
-    "autointerp": {**EXAMPLES, "n_latents": 4, "dead_latent_threshold": 3, "buffer": 2, "n_random_ex_for_scoring": 4},
-}
-
-
-EVALUATOR_PROMISES = {
-    "registration imports no torch",
-    "settings are frozen data",
-    "measures every SAE",
-    "well-formed measurements",
-    "one definition, one meaning",
-    "same question, same answer",
-    "batch size changes no value",
-    "each SAE as if alone",
-    "SAEs and model untouched",
-    "what does not fit is not measured",
-}
 
 
 def saebench(tmp: Path, word: str) -> dict:
     """Settings of a SAEBench evaluator on local data, small enough for a test; one seed where two add nothing."""
-    arguments: dict = {"with_": {"seeds": [1], **SAEBENCH[word]}}
-    if word in ("scr", "tpp", "sparse_probing"):
-        arguments["with_"]["data_dir"] = str(saebench_toys.labelled_texts(tmp / "data"))
-    if word == "sparse_probing":
-        arguments["with_"]["labelled"] = {"own": str(tmp / "data" / "own")}
-    if word == "absorption":
-        (tmp / "stage").mkdir()
-        arguments["stage"] = saebench_toys.SpellingStage(tmp / "stage")
-        # Not `same question, same answer` and `each SAE as if alone`, which ask for equal bits: its probes are trained in float32, whose sums
-        # depend on how tensors lie in memory, and the fractions then differ by up to 4e-5 of their value from one run to the next.
-        arguments["only"] = [*EVALUATOR_PROMISES - {"same question, same answer", "each SAE as if alone"}]
-    if word == "ravel":
-        (tmp / "stage").mkdir()
-        arguments["stage"] = saebench_toys.RavelStage(tmp / "stage")
-        arguments["with_"]["data_dir"] = str(arguments["stage"].prompts(tmp / "data"))
-    if word == "autointerp":
-        arguments["with_"]["base_url"] = saebench_toys.Judge().__enter__().url  # a daemon thread: it ends with the tests
-    return arguments
+    stage, with_ = saebench_toys.prepared(word, tmp)
+    return {"with_": with_, **({"stage": stage} if stage else {})}
 
 
 # dictionary_learning's penalties and rates are for long runs; 400 steps on planted features want more of both.
@@ -232,7 +186,7 @@ ARGUMENTS = {
     "dictionary_learning/evaluate": lambda tmp: {"with_": {"batch": 64, "batch_size": 8}},
     "native/files": lambda tmp: stored_activations(tmp / "activations"),
     "formats/circuit_tracer": lambda tmp: {"saes": placed_transcoders()},
-    **{f"saebench/{word}": (lambda tmp, word=word: saebench(tmp, word)) for word in SAEBENCH},
+    **{f"saebench/{word}": (lambda tmp, word=word: saebench(tmp, word)) for word in saebench_toys.SETTINGS},
     **{address: (lambda tmp, address=address: published(tmp)[address]) for address in READ_ONLY},
 }
 
