@@ -77,19 +77,20 @@ class BenchEvaluator:
         model = bridge_of(context) if self.needs_model else None
         saes = {subject.id: self.wrap(subject, context) for subject in taken}
         notes |= {name: self.note(sae) for name, sae in saes.items()}
-        activations = Path(context.work_dir).absolute() / f"activations-{self.name}"
-        shutil.rmtree(activations, ignore_errors=True)
-        asked = Remembered(model, activations) if self.remembers and self.share else model
+        scratch = Path(context.work_dir).absolute() / f"saebench-{self.name}"
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        context = replace(context, work_dir=scratch)
+        asked = Remembered(model, scratch / "activations") if self.remembers and self.share else model
         try:
             self._seeds(context, taken, saes, model, asked, scores, reasons)
         finally:
-            shutil.rmtree(activations, ignore_errors=True)
+            shutil.rmtree(scratch, ignore_errors=True)  # activations and datasets are large
 
     def _seeds(self, context: EvalContext, taken: list[Subject], saes: dict[str, BenchSAE], model: Any, asked: Any, scores: dict, reasons: dict) -> None:
         for done, seed in enumerate(self.config.seeds):
-            shared = Path(context.work_dir).absolute() / f"shared-{self.name}-{seed}"
-            shutil.rmtree(shared, ignore_errors=True)
-            shared.mkdir(parents=True)
+            shared = context.work_dir / f"shared-{seed}"
+            shared.mkdir()
             try:
                 with private_folder(context.work_dir, shared=True, seed=seed, config=asdict(self.config)):
                     seed_everything(seed)

@@ -92,7 +92,8 @@ def found_here(names: Iterable[str], data_dir: str | None, evaluator: str) -> It
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(folder)
     try:
-        yield
+        with _built_here(Path.cwd().parent / f"datasets-{identity(names, data_dir)[:16]}"):
+            yield
     except SaehubError:
         raise
     except Exception as error:
@@ -102,6 +103,22 @@ def found_here(names: Iterable[str], data_dir: str | None, evaluator: str) -> It
         raise StageFailed(
             f"saebench/{evaluator} could not load {', '.join(missing)}", fix=commands(missing, data_dir), said=f"{type(error).__name__}: {error}"
         ) from error
+
+
+@contextmanager
+def _built_here(cache: Path) -> Iterator[None]:
+    """What `datasets` builds of a local folder goes to `cache`: in its own cache it is found by the folder's name, whatever the folder holds by now."""
+    import datasets.load
+
+    from saehub_saebench.isolation import replaced
+
+    build = datasets.load.load_dataset_builder
+
+    def builder(path: str, *args: object, cache_dir: str | None = None, **options: object) -> object:
+        return build(path, *args, cache_dir=str(cache) if cache_dir is None and Path(path).is_dir() else cache_dir, **options)
+
+    with replaced(datasets.load, load_dataset_builder=builder):
+        yield
 
 
 def identity(names: Iterable[str], data_dir: str | None) -> str:

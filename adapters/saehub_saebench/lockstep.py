@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -123,14 +124,14 @@ class Remembered:
         names = [names_filter] if isinstance(names_filter, str) else list(names_filter)
         batch = sha256_tensor(tokens.cpu()) if isinstance(tokens, Tensor) else list(tokens)
         file = self.folder / f"{hash_json([batch, names, sorted(map(str, options.items()))])[:32]}.safetensors"
-        if file.exists():
-            return None, load_file(file, device=str(self.model.cfg.device))
+        if file.exists():  # in memory of torch's own, as when they were computed: some sums depend on where in a cache line a tensor begins
+            return None, {name: tensor.clone() for name, tensor in load_file(file, device=str(self.model.cfg.device)).items()}
         self.computed += 1
         found = self.model.run_with_cache(tokens, names_filter=names_filter, **options)[1]
-        kept = {name: found[name].contiguous() for name in names}
+        kept = {name: found[name].detach().clone(memory_format=torch.contiguous_format) for name in names}
         self.folder.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(self.folder).free > 8 * sum(tensor.nbytes for tensor in kept.values()) + 2**30:
             part = file.with_suffix(".part")
             save_file(kept, part)
             part.replace(file)
-        return None, {name: found[name] for name in names}
+        return None, kept

@@ -65,6 +65,8 @@ class Unlearning(BenchEvaluator):
                 why="SAEBench's is handed out by its authors, on request only",
                 fix=self.config.how_to_get_the_corpus(),
             )
+        if self.config.question_ids and not Path(self.config.question_ids).is_dir():
+            raise UsageError(f"{self.config.question_ids} is no folder", where="question_ids", fix="a folder with all/wmdp-bio_correct.csv …, or none")
         for path in filter(None, (self._forget, self.config.retain and Path(self.config.retain).expanduser())):
             texts(path)
 

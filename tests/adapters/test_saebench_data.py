@@ -132,6 +132,28 @@ def test_a_missing_dataset_is_named_with_the_command_that_fetches_it(monkeypatch
     assert "hf download fancyzhx/ag_news" in told
 
 
+def test_a_changed_local_dataset_is_not_read_from_an_old_cache(monkeypatch, tmp_path):
+    """`datasets` finds what it built of a folder by the folder's name; the plan's key and the loaded rows follow the contents."""
+    import datasets
+    from saehub_saebench import hubdata
+    from saehub_saebench.config import TppConfig
+
+    from saehub.pipeline.keys import tree_hash
+
+    (folder := tmp_path / "mine" / "LabHC" / "bias_in_bios").mkdir(parents=True)
+    (folder / "README.md").write_text("---\nconfigs:\n  - config_name: default\n    data_files:\n      - {split: test, path: test.jsonl}\n---\n")
+    (work := tmp_path / "work" / "private").mkdir(parents=True)
+    monkeypatch.chdir(work)
+    found, keys = [], []
+    for word in ("old", "new"):
+        (folder / "test.jsonl").write_text(f'{{"hard_text": "{word}"}}\n')
+        with hubdata.found_here([toys.BIOS], str(tmp_path / "mine"), "tpp"):
+            found.append(datasets.load_dataset("LabHC/bias_in_bios", split="test")["hard_text"])
+        keys.append([tree_hash(Path(path)) for path in TppConfig(dataset_names=(toys.BIOS,), data_dir=str(tmp_path / "mine")).files()])
+    assert found == [["old"], ["new"]]
+    assert len(keys[0]) == 1 and keys[0] != keys[1]
+
+
 @pytest.mark.quick
 def test_labelled_texts_are_read_strictly(tmp_path):
     from saehub_saebench.sparse_probing import labelled

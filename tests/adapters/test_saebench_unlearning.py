@@ -179,6 +179,7 @@ def test_what_is_missing_or_malformed_is_said_before_work(stage, settings, tmp_p
         ({"questions": {"wmdp-bio": "odd.jsonl"}}, "odd.jsonl:1 is no question with four choices"),
         ({"retain": "odd.jsonl"}, "odd.jsonl:2 holds no text"),
         ({"questions": {"wmdp-bio": "none.jsonl"}}, "none.jsonl does not exist"),
+        ({"question_ids": "none"}, "none is no folder"),
         ({"seq_len": 4096}, "the text to forget has fewer than 4096 tokens"),
     ):
         with pytest.raises((UsageError, StageFailed), match=told):

@@ -27,7 +27,7 @@ def test_the_table_holds_every_trainer_and_every_cheap_evaluator():
 
 
 def test_a_part_of_the_table_is_what_happens_now(tmp_path):
-    """One library's trainers of other classes, and a transcoder, under the evaluators of three libraries; saebench and dictionary_learning: `-m full`."""
+    """One library's trainers of other classes, and a transcoder, under the evaluators of three libraries; dictionary_learning's: `-m full`."""
     trainers = ["native/jumprelu", "saelens/batchtopk", "saelens/matching_pursuit", "sparsify/skip_transcoder"]
     evaluators = ("native/core", "native/health", "native/stability", "saelens/evals")
     _, rows = support.run_all(trainers, {address: (support.CHEAP[address], trainers) for address in evaluators}, tmp_path)
@@ -35,6 +35,17 @@ def test_a_part_of_the_table_is_what_happens_now(tmp_path):
     for trainer in trainers:
         for address in evaluators:
             assert support.cell(rows[address], support.name_of(trainer)).state == expected[trainer][address], (trainer, address)
+
+
+def test_saebench_core_measures_the_sae_of_every_trainer(tmp_path):
+    """Eight steps of every trainer of four libraries, then SAEBench's core on what each left: the column of the table."""
+    trainers = [address for address in support.TRAINERS if address in support.registered("trainer")]
+    settings = {"n_eval_reconstruction_batches": 1, "n_eval_sparsity_variance_batches": 1, "batch_size_prompts": 4, "seeds": [0]}
+    _, rows = support.run_all(trainers, {"saebench/core": (settings, trainers)}, tmp_path)
+    expected = support.parsed(support.written())
+    for trainer in trainers:
+        assert support.cell(rows["saebench/core"], support.name_of(trainer)).state == expected[trainer]["saebench/core"], trainer
+        assert expected[trainer]["saebench/core"] == support.RAN or trainer in support.TRANSCODERS
 
 
 @pytest.mark.full
