@@ -85,14 +85,14 @@ class Unlearning(BenchEvaluator):
                 shutil.copytree(Path(self.config.question_ids).expanduser(), kept / "data" / "question_ids")
             asked = Asked(model)
             with self._texts():
-                for name in self.config.dataset_names:
-                    save_target_question_ids(asked, 2 * self.config.llm_batch_size, str(kept), name)
-                    if self._known(kept, name):
-                        get_baseline_metrics(asked, 2 * self.config.llm_batch_size, str(kept), name, {"target_metric": "correct", "verbose": False})
                 found = get_shuffled_forget_retain_tokens(asked, batch_size=self.config.dataset_size, seq_len=self.config.seq_len)
                 for side, tokens_BT in zip(("forget", "retain"), found, strict=True):
                     if not len(tokens_BT):  # SAEBench would divide by no tokens, and take any latent
                         raise StageFailed(f"the text to {side} has fewer than {self.config.seq_len} tokens", where=side, fix="more text, or a smaller seq_len")
+                for name in self.config.dataset_names:
+                    save_target_question_ids(asked, 2 * self.config.llm_batch_size, str(kept), name)
+                    if self._known(kept, name):
+                        get_baseline_metrics(asked, 2 * self.config.llm_batch_size, str(kept), name, {"target_metric": "correct", "verbose": False})
         (shared / "artifacts").symlink_to(kept)
 
     @staticmethod
