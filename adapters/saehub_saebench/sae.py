@@ -58,7 +58,7 @@ class BenchSAE:
         n_i = ‖W_dec_i‖ (1 for a zero row)     f'_i = n_i f_i     W_dec'_i = W_dec_i / n_i     x̂ = decode(f' / n)
 
     The reconstruction is the SAE's own, whatever its architecture: features are rescaled after the activation function, never before.
-    Shapes: x [..., d_in], features [..., d_sae]. An SAE whose decoder needs its input (a run-time norm) gets the rows that were encoded last.
+    Rows that are 0 have no features under a norm that divides by their length. Shapes: x [..., d_in], features [..., d_sae]. An SAE whose decoder needs its input (a run-time norm) gets the rows that were encoded last.
     """
 
     hook_z_reshaping_mode = False
@@ -102,7 +102,10 @@ class BenchSAE:
     def encode(self, x: Tensor) -> Tensor:
         """[..., d_in] -> [..., d_sae]."""
         self._last = x
-        return self._sae.encode(x) * self.norms_F
+        features = self._sae.encode(x) * self.norms_F
+        if self._original.config.norm_in == "constant_norm_rescale":  # x √d/‖x‖ has no value at 0, which is what SAEBench makes of padding
+            features = torch.where((x == 0).all(-1, keepdim=True), torch.zeros((), dtype=features.dtype, device=features.device), features)
+        return features
 
     def decode(self, features: Tensor) -> Tensor:
         """[..., d_sae] -> [..., d_in]."""

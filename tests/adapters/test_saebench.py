@@ -72,6 +72,7 @@ def test_unit_decoder_rows_change_no_reconstruction(name, sae):
     plain_BTF = sae.encode(x_BTD)
     assert torch.equal(features_BTF != 0, plain_BTF != 0)
     assert torch.allclose(features_BTF, plain_BTF * sae.W_dec.norm(dim=1), rtol=1e-5)
+    assert bench.encode(torch.zeros(2, 16)).isfinite().all()  # SAEBench zeroes padding before it encodes
 
 
 # ---------------------------------------------------------------------- core
