@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from saehub.api import Job
 
 # Both measured: LR_SHORT by tests/benchmarks/topk_quality.py (the best rate fell as 1/√steps between 200 and 4,000 steps, on planted and on real
-# rows), LR_LONG by Gao et al. (2024, fig. 3) on long runs, as 2e-4 at 2^14 latents.
-LR_SHORT, LR_LONG, LR_MAX = 8.0, 0.0256, 0.0125
+# rows), LR_LONG by Gao et al. (2024, fig. 3) on long runs, as 2e-4 at 2^14 latents. Largest rates by tests/benchmarks/architectures_quality.py.
+LR_SHORT, LR_LONG = 8.0, 0.0256
 DEAD_ROWS = 10_000_000
 
 
@@ -23,6 +23,10 @@ class TrainConfig:
 
     objective: ClassVar[str] = ""
     """`"package.module:Class"`: the `saehub_native.architectures.Architecture` that is trained."""
+    LR_TIMES: ClassVar[float] = 1.0
+    """Factor on the rule for the learning rate, of the architecture."""
+    LR_MAX: ClassVar[float] = 0.0125
+    """The most that the rule gives."""
 
     expansion: float | None = None
     """Latents per input dimension: d_sae = round(expansion · d_in). None: 8, unless `width` is given."""
@@ -87,11 +91,11 @@ class TrainConfig:
         return self.width if self.width is not None else max(1, round((8 if self.expansion is None else self.expansion) * job.d_in))
 
     def peak_lr(self, job: Job) -> float:
-        """`lr`, or the rule: max(LR_SHORT / √(d_sae · steps), LR_LONG / √d_sae), at most LR_MAX."""
+        """`lr`, or the rule: LR_TIMES · max(LR_SHORT / √(d_sae · steps), LR_LONG / √d_sae), at most LR_MAX."""
         if self.lr is not None:
             return self.lr
         latents, steps = self.d_sae(job), max(1, job.steps)
-        return min(LR_MAX, max(LR_SHORT / math.sqrt(latents * steps), LR_LONG / math.sqrt(latents)))
+        return min(self.LR_MAX, self.LR_TIMES * max(LR_SHORT / math.sqrt(latents * steps), LR_LONG / math.sqrt(latents)))
 
     def dead_rows(self, job: Job) -> int:
         """`dead_after`, or 1/32 of the run: at least 8 batches, at most 10 million rows."""
@@ -209,6 +213,7 @@ class TopKConfig(SparseConfig):
     """`native/topk`: the k largest pre-activations of each row (Gao et al. 2024, arXiv 2406.04093)."""
 
     objective: ClassVar[str] = "saehub_native.architectures.topk:TopK"
+    LR_MAX: ClassVar[float] = 0.025
 
     def architecture(self) -> str:
         return "topk"
@@ -247,6 +252,7 @@ class BatchTopKConfig(SparseConfig):
     """`native/batchtopk`: the k·B largest pre-activations of a batch of B rows (Bussmann et al. 2024, arXiv 2412.06410)."""
 
     objective: ClassVar[str] = "saehub_native.architectures.batchtopk:BatchTopK"
+    LR_MAX: ClassVar[float] = 0.025
 
     def architecture(self) -> str:
         return "batchtopk"
@@ -261,6 +267,7 @@ class MatryoshkaConfig(BatchTopKConfig):
     """`native/matryoshka_batchtopk`: BatchTopK whose prefixes of latents reconstruct by themselves (Bussmann et al. 2025, arXiv 2503.17547)."""
 
     objective: ClassVar[str] = "saehub_native.architectures.matryoshka:Matryoshka"
+    LR_MAX: ClassVar[float] = 0.0125
 
     prefixes: tuple[float, ...] = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
     """Ends of the prefixes, ascending, as shares of the latents; the last one is 1."""

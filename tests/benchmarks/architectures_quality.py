@@ -1,14 +1,14 @@
 """The same batches to every native architecture and to the peers that have it; a table of FVU at equal rows and L0, dead latents and CPU time out.
 
-    python tests/benchmarks/architectures_quality.py --threads 1         # both data sets, the table of results/architectures_quality.txt
+    python tests/benchmarks/architectures_quality.py --out FILE         # both data sets: results/architectures_quality.txt
     python tests/benchmarks/architectures_quality.py --data gpt2 --only batchtopk
 
 Systems share: the rows and their order, batch, steps, width, the target L0, and rows that are normalised to a mean square of 1 per dimension.
-Peers are the libraries' own training code, each library in a process of its own: at their own defaults, and at the best
-learning rate of a small sweep with a decay over the last fifth and a dead-latent window that the run can reach. Warm-ups, which by default are
+Peers are the libraries' own training code, each library in a process of its own: at their own defaults, and at the best settings of a search
+(architectures_peers.py) over the learning rate and, where L0 is the outcome of a coefficient, over that. Warm-ups, which by default are
 longer than the whole run, are 5 % of it for all. FVU is computed here for every system alike, from the finished SAE in float64, on rows that
-none has seen: Σ|x̂−x|² / Σ|x−x̄|². A latent is dead when none of those rows makes it fire. Peers whose L0 is the outcome of a coefficient are tried
-at several; ours is trained to the L0 that the best of them reached, so that the two are compared at equal L0.
+none has seen: Σ|x̂−x|² / Σ|x−x̄|². A latent is dead when none of those rows makes it fire. Where L0 is an outcome, ours is trained to the L0
+that the best peer reached, within 2 %. Beside our defaults stand half and twice their learning rate, which take no part in the comparison.
 """
 
 from __future__ import annotations
@@ -16,14 +16,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from functools import partial
-from importlib import import_module, metadata
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,11 +30,12 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")
 import numpy as np
 import torch
+from architectures_peers import Family, families, score
 from topk_quality import CALIBRATION, Rows, prepare
 
-RESULTS = Path(__file__).parent / "results"
 HELDOUT, K = 16_384, 32
 NATIVE = ("topk", "batchtopk", "matryoshka_batchtopk", "abstopk", "groupmax", "jumprelu", "relu", "gated")
+PENALISED = ("jumprelu", "relu", "gated")
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -122,14 +121,15 @@ class DictionaryLearning:
         return self.ae.decode(acts_NF) * self.norm
 
 
-def children(orders: list[dict]) -> None:
-    """The child process: train the components of one library on the rows, judge their SAEs, print one line of JSON each."""
+def child() -> None:
+    """The child process: for each order on stdin, train the component of one library on the rows, judge its SAE, print one line of JSON."""
     from saehub.pipeline.local import configured
     from saehub.plugins import catalog
     from saehub.recipe.check import make_config
 
-    torch.set_num_threads(orders[0]["threads"])
-    for order in orders:
+    for line in sys.stdin:
+        order = json.loads(line)
+        torch.set_num_threads(order["threads"])
         rows = Rows(Path(order["folder"]))
         job = make_job(rows, order["with"]["batch"])
         plugin, _, word = order["component"].partition("/")
@@ -163,84 +163,51 @@ def judge(sae, x_ND: torch.Tensor) -> dict:
     return {"fvu": error / spread, "l0": active / len(x_ND), "dead": 1 - float(fired.double().mean())}
 
 
-def run_apart(orders: list[dict]) -> Iterator[dict]:
-    """The outcomes of orders for one library, trained one after another in a process of their own."""
-    with subprocess.Popen([sys.executable, __file__, "--children", json.dumps(orders)], stdout=subprocess.PIPE, text=True) as process:
+class Workers:
+    """A child process for each library."""
+
+    def __init__(self) -> None:
+        self.processes: dict[str, subprocess.Popen] = {}
+
+    def run(self, order: dict) -> dict:
+        """What comes of one training."""
+        plugin = order["component"].partition("/")[0]
+        if plugin not in self.processes:
+            command = [sys.executable, __file__, "--child"]
+            self.processes[plugin] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        process = self.processes[plugin]
+        process.stdin.write(json.dumps(order) + "\n")
+        process.stdin.flush()
         for line in process.stdout:
             if line.startswith("RESULT "):
-                yield json.loads(line.removeprefix("RESULT "))
-    if process.returncode:
-        raise RuntimeError(f"{orders[0]['component']} and others failed")
+                return json.loads(line.removeprefix("RESULT "))
+        raise RuntimeError(f"{order['component']} {order['label']} failed")
+
+    def close(self) -> None:
+        """End them."""
+        for process in self.processes.values():
+            process.stdin.close()
+            process.wait()
 
 
-# ---------------------------------------------------------------------------------------------------------------- peers
-def saelens(word: str, steps: int, extra: dict, lrs=(1e-3, 4e-3, 1.2e-2)) -> list[tuple[str, str, dict]]:
-    """SAELens at its default learning rate (3e-4), and at others with a decay and a window that the run can reach."""
-    base = {"lr_warm_up_steps": steps // 20, **extra}
-    tuned = {"lr_decay_steps": steps // 5, "dead_feature_window": max(8, steps // 32)}
-    l1 = f", l1 {extra['l1_coefficient']:g}" if "l1_coefficient" in extra else ""
-    return [(f"saelens/{word}", f"defaults{l1}", base)] + [
-        (f"saelens/{word}", f"lr {lr:g}, decay{l1}", {**base, **tuned, "lr": lr}) for lr in lrs
-    ]
+HEAD = f"{'architecture':<21} {'system':<37} {'settings':<36} {'L0':>7} {'FVU':>8} {'/ native':>8} {'dead':>7} {'cpu ms/step':>11}"
 
 
-def dictionary_learning(word: str, steps: int, extra: dict, lrs=(4e-3, 1.2e-2)) -> list[tuple[str, str, dict]]:
-    """dictionary_learning at its default learning rate, and at others with a decay."""
-    base = {"warmup_steps": steps // 20, **extra}
-    name, l1 = f"dictionary_learning/{word}", f", l1 {extra['l1_penalty']:g}" if "l1_penalty" in extra else ""
-    return [(name, f"defaults{l1}", base)] + [(name, f"lr {lr:g}, decay{l1}", {**base, "lr": lr, "decay_start": steps * 4 // 5}) for lr in lrs]
+def row(run: dict, ours: dict | None = None) -> str:
+    """One line of the table; `/ native`: FVU at the target L0 (`score`) relative to native's at its defaults."""
+    ratio = f"{run['score'] / ours['score']:>8.3f}" if ours else " " * 8
+    return (
+        f"{run['architecture']:<21} {run['component']:<37} {run['label']:<36} {run['l0']:>7.2f} {run['fvu']:>8.4f} {ratio} "
+        f"{run['dead']:>7.2%} {run['cpu_ms_step']:>11.1f}"
+    )
 
 
-def sparsify(word: str, steps: int, extra: dict, lrs=(2e-3, 8e-3, 1.6e-2)) -> list[tuple[str, str, dict]]:
-    """Sparsify at its defaults (signum), and with Adam."""
-    name = f"sparsify/{word}"
-    adam = {"optimizer": "adam", "warmup": steps // 20}
-    return [(name, "defaults", extra)] + [(name, f"Adam, lr {lr:g}", {**extra, **adam, "lr": lr}) for lr in lrs]
-
-
-def peers(steps: int, fixed: dict) -> dict[str, list[tuple[str, str, dict]]]:
-    """Native architecture -> runs (component, label, settings) of the libraries that have it."""
-    k, groups = {"k": K, **fixed}, [1 / 16, 1 / 16, 1 / 8, 1 / 4, 1 / 2]
-    late = {"threshold_start_step": steps // 2}  # by default its running threshold starts after the whole run
-    warm = {"sparsity_warmup_steps": steps // 20}
-    return {
-        "topk": [*saelens("topk", steps, k), *dictionary_learning("topk", steps, k), *sparsify("topk", steps, k)],
-        "batchtopk": [*saelens("batchtopk", steps, k), *dictionary_learning("batchtopk", steps, k | late)],
-        "matryoshka_batchtopk": [
-            *saelens("matryoshka_batchtopk", steps, k | {"matryoshka_widths": [round(fixed["width"] * s) for s in (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)]}),
-            *dictionary_learning("matryoshka_batchtopk", steps, k | late | {"group_fractions": groups}),
-        ],
-        "abstopk": saelens("abstopk", steps, k),
-        "groupmax": sparsify("groupmax", steps, k),
-        "jumprelu": [
-            *saelens("jumprelu", steps, fixed | {"jumprelu_sparsity_loss_mode": "quadratic", "target_l0": K, "l0_warm_up_steps": steps // 20}),
-            *dictionary_learning("jumprelu", steps, fixed | warm | {"target_l0": K}),
-        ],
-        "relu": [
-            run
-            for l1 in (2.0, 5.0)
-            for run in saelens("standard", steps, fixed | {"l1_coefficient": l1, "l1_warm_up_steps": steps // 20}, lrs=(4e-3,))
-        ]
-        + [run for l1 in (0.05, 0.1) for run in dictionary_learning("standard_april", steps, fixed | warm | {"l1_penalty": l1}, lrs=(4e-3,))],
-        "gated": [
-            run
-            for l1 in (1.0, 3.0)
-            for run in saelens("gated", steps, fixed | {"l1_coefficient": l1, "l1_warm_up_steps": steps // 20}, lrs=(4e-3,))
-        ]
-        + [run for l1 in (0.03, 0.1) for run in dictionary_learning("gated", steps, fixed | warm | {"l1_penalty": l1}, lrs=(4e-3,))],
-    }
-
-
-def show(name: str, runs: list[dict]) -> str:
-    """The table of one data set; FVU also relative to the best peer's of the architecture (at equal L0)."""
-    lines = [f"{'architecture':<21} {'system':<40} {'settings':<34} {'L0':>7} {'FVU':>8} {'/ best peer':>11} {'dead':>7} {'cpu ms/step':>11}"]
-    for run in runs:
-        ratio = f"{run['ratio']:>11.3f}" if run.get("ratio") else " " * 11
-        lines.append(
-            f"{run['architecture']:<21} {run['component']:<40} {run['label']:<34} {run['l0']:>7.2f} {run['fvu']:>8.4f} {ratio} "
-            f"{run['dead']:>7.2%} {run['cpu_ms_step']:>11.1f}"
-        )
-    return f"{name}\n" + "\n".join(lines)
+def summary(architecture: str, ours: dict, best: dict) -> str:
+    """One line: native against the best peer."""
+    return (
+        f"{architecture:<21} {ours['fvu'] / best['fvu']:>7.3f}  {ours['fvu']:>7.4f} {ours['l0']:>6.2f} {ours['dead']:>7.2%}   "
+        f"{best['fvu']:>7.4f} {best['l0']:>6.2f} {best['dead']:>7.2%}   {best['component']} ({best['label']})"
+    )
 
 
 def main() -> None:
@@ -251,91 +218,113 @@ def main() -> None:
     parser.add_argument("--expansion", type=int, default=4)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", nargs="+", default=list(NATIVE), help="architectures")
-    parser.add_argument("--native", action="store_true", help="without the peers")
-    parser.add_argument("--with", dest="extra", type=json.loads, default={}, help="further settings of the native runs, as JSON")
-    parser.add_argument("--out", type=Path, help="JSON of every run, written after each; runs that it holds are not repeated")
+    parser.add_argument("--train", default="all", choices=["all", "native", "peers", "nothing"], help="take all others from --out")
+    parser.add_argument("--renew", action="store_true", help="train ours again even where --out holds them")
+    parser.add_argument("--out", type=Path, help="JSON lines of every run, added to after each; runs that it holds are not repeated")
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "saehub-quality")
-    parser.add_argument("--known", action="store_true", help="train nothing: the table of what --out holds")
-    parser.add_argument("--children", help=argparse.SUPPRESS)
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.children:
-        return children(json.loads(arguments.children))
+    if arguments.child:
+        return child()
     bench = Bench(arguments)
     for name in arguments.data:
         print("\n" + bench.table(name), flush=True)
+    bench.workers.close()
+
+
+class Unknown(Exception):
+    """A run is asked for that may not be trained now."""
 
 
 class Bench:
-    """Runs what is asked for and not known yet, and keeps it in the JSON."""
+    """Runs what is asked for and not known yet, and keeps it."""
 
     def __init__(self, arguments: argparse.Namespace):
-        self.arguments, self.out = arguments, arguments.out
-        done = json.loads(self.out.read_text())["runs"] if self.out and self.out.exists() else []
-        self.known = {self.key(run): run for run in done}
+        self.arguments, self.workers, self.renewed = arguments, Workers(), set()
+        self.known: dict[str, dict] = {}
+        if arguments.out and arguments.out.exists():
+            for line in arguments.out.read_text().splitlines():
+                run = json.loads(line)
+                self.known[self.key(run)] = run
 
     @staticmethod
     def key(run: dict) -> str:
         """What makes two runs the same."""
-        return json.dumps([run["data"], run["component"], run["with"]], sort_keys=True)
+        return json.dumps([run["data"], run["rows"], run["component"], run["with"]], sort_keys=True)
 
-    def do(self, rows: Rows, wanted: list[dict]) -> None:
-        """Train what is not known, library by library."""
-        left = [] if self.arguments.known else [run for run in wanted if self.key(run) not in self.known]
-        for plugin in sorted({run["component"].partition("/")[0] for run in left}):
-            mine = [run for run in left if run["component"].startswith(f"{plugin}/")]
-            orders = [{**run, "folder": str(rows.folder), "threads": self.arguments.threads} for run in mine]
-            for run, outcome in zip(mine, run_apart(orders), strict=True):
-                self.known[self.key(run)] = run | outcome
-                print(f"{run['data']} {run['component']} {run['label']}: {outcome}", file=sys.stderr, flush=True)
-                self.write()
+    def do(self, run: dict, folder: Path) -> dict:
+        """Train it, unless it is known."""
+        key, ours = self.key(run), run["component"].startswith("native/")
+        stale = ours and self.arguments.renew and key not in self.renewed
+        if key in self.known and not stale:
+            return self.known[key] | run
+        if self.arguments.train not in ("all", "native" if ours else "peers"):
+            raise Unknown(key)
+        outcome = self.workers.run({**run, "folder": str(folder), "threads": self.arguments.threads})
+        self.renewed.add(key)
+        self.known[key] = run | outcome
+        print(f"{run['data']} {run['component']} {run['label']}: {outcome}", file=sys.stderr, flush=True)
+        if self.arguments.out:
+            with self.arguments.out.open("a") as stream:
+                stream.write(json.dumps(self.known[key]) + "\n")
+        return self.known[key]
 
-    def write(self) -> None:
-        """The JSON of everything so far."""
-        if not self.out:
-            return
-        facts = {
-            "command": "python " + " ".join(["tests/benchmarks/architectures_quality.py", *sys.argv[1:]]),
-            "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "threads": self.arguments.threads},
-            "versions": {name: metadata.version(name) for name in ("saehub", "torch", "sae-lens", "dictionary-learning", "eai-sparsify")},
-            "rows": self.arguments.rows,
-            "heldout_rows": HELDOUT,
-            "runs": list(self.known.values()),
-        }
-        self.out.write_text(json.dumps(facts, indent=1) + "\n")
+    def theirs(self, family: Family, start: dict, folder: Path) -> list[dict]:
+        """The runs of a search."""
+        search, found, outcome = family.search(K), [], None
+        try:
+            while True:
+                label, with_ = search.send(outcome)
+                outcome = self.do({**start, "component": family.component, "label": label, "with": with_}, folder)
+                found.append(outcome)
+        except (StopIteration, Unknown):
+            return found
+
+    def ours(self, architecture: str, target: float, start: dict, fixed: dict, folder: Path, **extra) -> dict:
+        """A native run at its defaults but for `extra`; where L0 is an outcome, within 2 % of the target, by a second run if the first is not."""
+        goal = {"target_l0": round(target, 2)} if architecture in PENALISED else {"k": K}
+        label = "".join(f", {name} {value:.3g}" for name, value in extra.items())
+        run = {**start, "component": f"native/{architecture}", "label": f"defaults{label}", "with": {**fixed, **goal, **extra}}
+        outcome = self.do(run, folder)
+        if architecture in PENALISED and abs(outcome["l0"] / target - 1) > 0.02:
+            again = {**run, "with": {**run["with"], "target_l0": round(target * target / outcome["l0"], 2)}}
+            outcome = min(outcome, self.do(again, folder), key=lambda run: abs(run["l0"] / target - 1))
+        return outcome
 
     def table(self, name: str) -> str:
         """Everything about one data set."""
         arguments = self.arguments
-        if arguments.known and not any(run["data"] == name for run in self.known.values()):
-            return f"{name}: nothing known"
         rows = (gpt2_rows if name == "gpt2" else partial(prepare, name))(arguments.rows, arguments.cache)
-        d = rows.train.shape[1]
+        d, steps = rows.train.shape[1], arguments.rows // arguments.batch
         fixed = {"batch": arguments.batch, "width": arguments.expansion * d}
-        steps = arguments.rows // arguments.batch
+        lines, sums = [HEAD], []
+        for architecture in arguments.only:
+            start = {"data": name, "rows": arguments.rows, "architecture": architecture}
+            peers = [run for family in families(steps, fixed, K)[architecture] for run in self.theirs(family, start, rows.folder)]
+            peers = [run | {"score": score(run, K)} for run in peers]
+            near = [run for run in peers if 0.8 < run["l0"] / K < 1.25]
+            best = min(near, key=lambda run: run["score"], default=None)
+            try:
+                ours = self.ours(architecture, best["l0"] if best else K, start, fixed, rows.folder)
+                lr = lr_of(architecture, ours["with"], rows, arguments.batch)
+                beside = [self.ours(architecture, best["l0"] if best else K, start, fixed, rows.folder, lr=lr * x) for x in (0.5, 2.0)]
+            except Unknown:
+                ours, beside = None, []
+            mine = [run | {"score": score(run, K)} for run in ([ours] if ours else []) + beside]
+            lines += [row(run, mine[0] if mine else None) for run in mine + peers]
+            if ours and best:
+                sums.append(summary(architecture, ours, best))
+        title = f"{name}: {arguments.rows:,} rows, batch {arguments.batch}, {steps} steps, d {d}, {fixed['width']} latents, L0 {K}"
+        head = f"{'architecture':<21} {'ratio':>7}  {'native':>7} {'L0':>6} {'dead':>7}   {'peer':>7} {'L0':>6} {'dead':>7}   best peer"
+        return "\n".join([title, "", "FVU of native at its defaults, over that of the best peer at its best settings", head, *sums, "", *lines])
 
-        def run(architecture: str, component: str, label: str, with_: dict) -> dict:
-            return {"data": name, "architecture": architecture, "component": component, "label": label, "with": with_}
 
-        theirs = {a: [run(a, *entry) for entry in peers(steps, fixed)[a]] for a in arguments.only}
-        if arguments.native:
-            theirs = {a: [] for a in arguments.only}
-        self.do(rows, [entry for entries in theirs.values() for entry in entries])
-        theirs = {a: [dict(self.known[self.key(entry)]) for entry in entries if self.key(entry) in self.known] for a, entries in theirs.items()}
-        best, ours = {}, {}
-        for a in arguments.only:
-            penalised = a in ("jumprelu", "relu", "gated")
-            # The peer's best near the wanted L0; ours goes to where that one is.
-            best[a] = min(theirs[a], key=lambda run: run["fvu"] * (1 + max(0, abs(run["l0"] / K - 1) - 0.5) * 10), default=None)
-            target = round(best[a]["l0"], 1) if penalised and best[a] else K
-            with_ = fixed | ({"target_l0": target} if penalised else {"k": K}) | arguments.extra
-            ours[a] = run(a, f"native/{a}", f"defaults, L0 {target}" if penalised else "defaults", with_)
-        self.do(rows, list(ours.values()))
-        lines = []
-        for a in arguments.only:
-            mine = self.known.get(self.key(ours[a]))
-            lines += [] if mine is None else [mine | {"ratio": mine["fvu"] / best[a]["fvu"] if best[a] else None}]
-            lines += theirs[a]
-        return show(f"{name}: {arguments.rows:,} rows, batch {arguments.batch}, {steps} steps, d {d}, {fixed['width']} latents, L0 {K}", lines)
+def lr_of(architecture: str, with_: dict, rows: Rows, batch: int) -> float:
+    """What the rule for the learning rate gives."""
+    from saehub.plugins import catalog
+    from saehub.recipe.check import make_config
+
+    return make_config(catalog().find("trainer", f"native/{architecture}"), with_).peak_lr(make_job(rows, batch))
 
 
 if __name__ == "__main__":

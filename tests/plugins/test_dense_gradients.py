@@ -17,7 +17,7 @@ pytestmark = pytest.mark.quick
 F, MARGIN = 90, 1e-3
 KINDS = {"autoencoder": (20, 20, False), "transcoder": (20, 14, False), "skip_transcoder": (14, 20, True)}
 CASES = {
-    "relu": (ReLU, ReLUConfig, {"sparsity": 0.3}),
+    "relu": (ReLU, ReLUConfig, {"sparsity": 0.3, "p_anneal": 0.0}),
     "relu_p": (ReLU, ReLUConfig, {"sparsity": 0.3, "p_anneal": 0.5, "p_end": 0.4}),
     "jumprelu_l0": (JumpReLU, JumpReLUConfig, {"penalty": "l0", "sparsity": 0.7, "target_l0": 5.0, "bandwidth": 0.2}),
     "jumprelu_l0_plain": (JumpReLU, JumpReLUConfig, {"penalty": "l0", "sparsity": 0.02, "bandwidth": 0.2}),
@@ -156,6 +156,32 @@ def test_lambda_rises_and_is_steered_to_the_target(name):
     weaker.constants["variance"] = architecture.constants["variance"]
     weaker.gradients(params, x, y, torch.zeros(F, dtype=torch.bool), step=5)
     assert weaker.coefficient(6) < 0.3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["relu", "gated", "jumprelu_tanh"])
+def test_at_the_start_a_multiple_of_the_target_fires_and_the_scale_is_the_best_one(name, kind):
+    d_in, d_out, skip = KINDS[kind]
+    g = torch.Generator().manual_seed(4)
+    x, y = 3 * torch.randn(400, d_in, generator=g) + 1, torch.randn(400, d_out, generator=g)
+    y = x if kind == "autoencoder" else y + x[:, :1]
+    job = Job("j", "resid_post.1", None if kind == "autoencoder" else "mlp_out.1", d_in, d_out, steps=10, batch=64, rows=640, seed=0)
+    cls, make, own = CASES[name]
+    architecture = cls(make(**own | {"width": F, "batch": 64, "skip": skip, "target_l0": 3.0}), job, ReferenceKernels())
+    p = {key: value.double() for key, value in architecture.init(x, y, g).items()}
+    centred = x.double() - (p["b_dec"] if kind == "autoencoder" else 0)
+    if name.startswith("jumprelu"):
+        z = centred @ p["W_enc"].T + p["b_enc"]
+        fired = z > p["log_threshold"].exp() * (1 - 1e-6)
+        assert float(fired.sum(1).double().mean()) == pytest.approx(3, abs=0.01)
+        return
+    f = torch.relu(centred @ p["W_enc"].T + p["b_gate" if name == "gated" else "b_enc"])
+    assert float((f > 1e-6).sum(1).double().mean()) == pytest.approx(12, abs=0.01)  # 4 times; the last one is at 0
+    guess = f @ p["W_dec"]
+    best = ((y - p["b_dec"]) * guess).sum() / guess.square().sum()
+    assert float(best) == pytest.approx(1, abs=1e-3)
+    if name == "gated":
+        assert torch.equal(p["b_gate"], p["b_mag"])
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from saehub_native.architectures import StepResult
 from saehub_native.architectures.auxk import add_bias_push
-from saehub_native.architectures.base import Base
+from saehub_native.architectures.base import TINY, Base
 
 if TYPE_CHECKING:
     from saehub_native.config_dense import DenseConfig
@@ -49,13 +49,32 @@ class Dense(Base):
 
     config: DenseConfig
     CONTROL = 20.0
+    FIRST: float | None = 4.0
+    """How many times the wanted number of latents fire at the start. None: another parameter than a bias decides that."""
     steered = True
     """Whether `target_l0` steers λ (else the penalty itself aims at it)."""
 
     def init(self, x_ND: Tensor, y_ND: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """Where a bias decides what fires, it starts where `FIRST` times the wanted L0 does: few enough not to begin with half of all latents on
+        every row, more than enough for all of them to learn before λ has thinned them out.
+        """
         params = super().init(x_ND, y_ND, generator)
         self.constants |= {"control": 0.0, "excess": 0.0}
+        if self.FIRST:
+            values_NK, indices_NK, theta = self.cutoff(params, x_ND, self.FIRST * self.config.first_l0(self.job))
+            guess_ND = self.kernels.decode(values_NK.sub_(theta).relu_(), indices_NK, params["W_dec"])
+            scale = float(((y_ND - params["b_dec"]) * guess_ND).sum() / guess_ND.square().sum().clamp_min(TINY))  # least squares
+            params["b_enc"] -= theta
+            for name in ("W_enc", "b_enc"):
+                params[name] *= max(scale, 1e-2)
         return params
+
+    def cutoff(self, params: Mapping[str, Tensor], x_ND: Tensor, l0: float) -> tuple[Tensor, Tensor, Tensor]:
+        """The l0·N largest pre-activations of N rows (values and indices [N, K]), and the least of them, θ."""
+        wanted = max(1, min(self.config.d_sae(self.job), round(l0)))
+        values_NK, indices_NK = self.kernels.encode_select_batch(self.centred(params, x_ND), params["W_enc"], params["b_enc"], wanted)
+        theta = values_NK[values_NK > 0].min() if (values_NK > 0).any() else values_NK.new_tensor(1e-3)
+        return values_NK, indices_NK, theta
 
     def first_choice(self, x_ND: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor) -> tuple[Tensor, Tensor]:
         return self.kernels.encode_select(x_ND, W_enc_FD, b_enc_F, self.config.first_l0(self.job))

@@ -26,6 +26,7 @@ class JumpReLU(Dense):
     """
 
     config: JumpReLUConfig
+    FIRST = None
 
     def __init__(self, *arguments: Any):
         super().__init__(*arguments)
@@ -34,10 +35,7 @@ class JumpReLU(Dense):
     def init(self, x_ND: Tensor, y_ND: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """θ starts where the mean L0 of the calibration rows is `first_l0`."""
         params = super().init(x_ND, y_ND, generator)
-        values_NK, _ = self.kernels.encode_select_batch(
-            self.centred(params, x_ND), params["W_enc"], params["b_enc"], self.config.first_l0(self.job)
-        )
-        theta = values_NK[values_NK > 0].min() if (values_NK > 0).any() else values_NK.new_tensor(1e-3)
+        theta = self.cutoff(params, x_ND, self.config.first_l0(self.job))[2]
         return params | {"log_threshold": torch.full_like(params["b_enc"], float(theta.log()))}
 
     def chunk(self, params: Mapping[str, Tensor], x_cD: Tensor, residual_cD: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
