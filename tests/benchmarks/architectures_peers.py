@@ -128,10 +128,10 @@ def families(steps: int, fixed: dict, k: int) -> dict[str, list[Family]]:
         ],
         "relu": [
             saelens("standard", l1 | {"l1_coefficient": 1.5}, coefficient="l1_coefficient"),
-            dictionary_learning("standard_april", fixed | warm | {"l1_penalty": 0.1}, coefficient="l1_penalty"),
+            dictionary_learning("standard_april", fixed | warm | {"l1_penalty": 0.13}, coefficient="l1_penalty"),
         ],
         "gated": [
             saelens("gated", l1 | {"l1_coefficient": 2.2}, coefficient="l1_coefficient"),
-            dictionary_learning("gated", fixed | warm | {"l1_penalty": 0.1}, coefficient="l1_penalty"),
+            dictionary_learning("gated", fixed | warm | {"l1_penalty": 0.17}, coefficient="l1_penalty"),
         ],
     }  # fmt: skip
