@@ -23,10 +23,8 @@ class TrainConfig:
 
     objective: ClassVar[str] = ""
     """`"package.module:Class"`: the `saehub_native.architectures.Architecture` that is trained."""
-    LR_TIMES: ClassVar[float] = 1.0
-    """Factor on the rule for the learning rate, of the architecture."""
     LR_MAX: ClassVar[float] = 0.0125
-    """The most that the rule gives."""
+    """The most that the rule for the learning rate gives; it counts in runs of a few hundred steps."""
 
     expansion: float | None = None
     """Latents per input dimension: d_sae = round(expansion · d_in). None: 8, unless `width` is given."""
@@ -91,11 +89,11 @@ class TrainConfig:
         return self.width if self.width is not None else max(1, round((8 if self.expansion is None else self.expansion) * job.d_in))
 
     def peak_lr(self, job: Job) -> float:
-        """`lr`, or the rule: LR_TIMES · max(LR_SHORT / √(d_sae · steps), LR_LONG / √d_sae), at most LR_MAX."""
+        """`lr`, or the rule: max(LR_SHORT / √(d_sae · steps), LR_LONG / √d_sae), at most LR_MAX."""
         if self.lr is not None:
             return self.lr
         latents, steps = self.d_sae(job), max(1, job.steps)
-        return min(self.LR_MAX, self.LR_TIMES * max(LR_SHORT / math.sqrt(latents * steps), LR_LONG / math.sqrt(latents)))
+        return min(self.LR_MAX, max(LR_SHORT / math.sqrt(latents * steps), LR_LONG / math.sqrt(latents)))
 
     def dead_rows(self, job: Job) -> int:
         """`dead_after`, or 1/32 of the run: at least 8 batches, at most 10 million rows."""
