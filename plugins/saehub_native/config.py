@@ -211,7 +211,7 @@ class TopKConfig(SparseConfig):
     """`native/topk`: the k largest pre-activations of each row (Gao et al. 2024, arXiv 2406.04093)."""
 
     objective: ClassVar[str] = "saehub_native.architectures.topk:TopK"
-    LR_MAX: ClassVar[float] = 0.025
+    LR_MAX: ClassVar[float] = 0.02
 
     def architecture(self) -> str:
         return "topk"
@@ -250,7 +250,7 @@ class BatchTopKConfig(SparseConfig):
     """`native/batchtopk`: the k·B largest pre-activations of a batch of B rows (Bussmann et al. 2024, arXiv 2412.06410)."""
 
     objective: ClassVar[str] = "saehub_native.architectures.batchtopk:BatchTopK"
-    LR_MAX: ClassVar[float] = 0.025
+    LR_MAX: ClassVar[float] = 0.02
 
     def architecture(self) -> str:
         return "batchtopk"

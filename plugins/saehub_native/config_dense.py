@@ -58,7 +58,7 @@ class ReLUConfig(DenseConfig):
 
     objective: ClassVar[str] = "saehub_native.architectures.relu:ReLU"
 
-    LR_MAX: ClassVar[float] = 0.025
+    LR_MAX: ClassVar[float] = 0.02
 
     p_anneal: float = 0.8
     """Share of the steps, at the end, over which the exponent of the penalty falls from 1 to `p_end`; 0: L1 throughout."""
@@ -112,7 +112,7 @@ class GatedConfig(DenseConfig):
     """`native/gated`: a gate decides which latents fire, a magnitude how much (Rajamanoharan et al. 2024, arXiv 2404.16014)."""
 
     objective: ClassVar[str] = "saehub_native.architectures.gated:Gated"
-    LR_MAX: ClassVar[float] = 0.025
+    LR_MAX: ClassVar[float] = 0.02
 
     def architecture(self) -> str:
         return "gated"

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from saehub.api import Job
 from saehub.errors import FormatError, StageFailed, UsageError
-from saehub_native.config import TopKConfig
+from saehub_native.config import AbsTopKConfig, TopKConfig
 from saehub_native.optim import Adam
 from saehub_native.schedule import lr_factor
 from saehub_native.train import NativeTrainer
@@ -320,7 +320,7 @@ def test_warm_start_begins_with_the_checkpoint(tmp_path):
 def test_the_learning_rate_rule_falls_with_width_and_steps_and_has_both_ends():
     config = TopKConfig(k=6, width=1280)
     assert config.peak_lr(make_job(steps=1000)) == pytest.approx(8 / (1280 * 1000) ** 0.5)
-    assert config.peak_lr(make_job(steps=1)) == 0.0125
+    assert config.peak_lr(make_job(steps=1)) == 0.02 and AbsTopKConfig(k=6).peak_lr(make_job(steps=1)) == 0.0125
     assert config.peak_lr(make_job(steps=10**7)) == pytest.approx(2e-4 / (1280 / 2**14) ** 0.5, rel=1e-3)
     assert TopKConfig(k=6, width=4 * 1280).peak_lr(make_job(steps=1000)) == pytest.approx(config.peak_lr(make_job(steps=1000)) / 2)
     assert TopKConfig(k=6, lr=0.5).peak_lr(make_job()) == 0.5
