@@ -8,7 +8,7 @@ Needs torch, triton, numpy and safetensors; sparsify, dictionary_learning and sa
 one: selection, reconstruction, gradients, clipping, projection, Adam, counters.
 
 On a device every part runs in a process of its own, because a kernel that goes astray takes its process's CUDA context with it: what was
-found before stays, the row says how it died, and the rest goes on. The JSON file is written anew after every row.
+found before stays, the row says how it died, and the rest goes on. The JSON file, and the table beside it (.txt), are written anew after every row.
 """
 
 from __future__ import annotations
@@ -371,7 +371,7 @@ def run_part(part: str, names: list[str], until: float, limit: float, heard: Cal
         heard({"row": name, "failed": "no time was left"})
 
 
-def device_report(report: dict, args: argparse.Namespace, started: float, write: Callable[[], None]) -> None:
+def device_report(report: dict, args: argparse.Namespace, started: float, write: Callable[[], None], tell: Callable[[str], None]) -> None:
     """The whole run on a device, written after each row."""
     end = started + 60 * args.minutes
     report["checks"] = []
@@ -384,7 +384,7 @@ def device_report(report: dict, args: argparse.Namespace, started: float, write:
         else:
             return
         report["checks"].append(row)
-        print(f"{'ok  ' if row['ok'] else 'FAIL'}  {row['what']}: {row['error']:.2g} (at most {row['bound']:.2g})", flush=True)
+        tell(f"{'ok  ' if row['ok'] else 'FAIL'}  {row['what']}: {row['error']:.2g} (at most {row['bound']:.2g})")
         write()
 
     groups = ["selection", "rows", "updates", "training", "dead_latents", "batch_selection"]
@@ -394,7 +394,7 @@ def device_report(report: dict, args: argparse.Namespace, started: float, write:
     ends = {"A": started + 0.66 * (end - started), "B": end - 10}
     for name, size in SIZES.items():
         found = report[name] = {"size": dict(zip(("d", "latents", "k", "batch"), size, strict=True)), "steps": {}, "kernels": {}}
-        print(f"\n{found['size']}", flush=True)
+        tell(f"\n{found['size']}")
 
         def heard(message: dict, found: dict = found, kind: str = "steps") -> None:
             row = {key: value for key, value in message.items() if key != "row"}
@@ -409,7 +409,7 @@ def device_report(report: dict, args: argparse.Namespace, started: float, write:
                     text += f"   {row['times_ours']:.2f} × ours"
             else:
                 text = row.get("failed", "")
-            print(f"  {message['row']:<56} {text}", flush=True)
+            tell(f"  {message['row']:<56} {text}")
             write()
 
         names = list(OURS)
@@ -455,22 +455,29 @@ def main() -> int:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     card = torch.cuda.get_device_name() if device == "cuda" else "none"
+    table: list[str] = []
+
+    def tell(line: str) -> None:
+        table.append(line)
+        print(line, flush=True)
+
     report: dict = {"date": time.strftime("%Y-%m-%d"), "card": card, "python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__}
     report |= {"cuda": torch.version.cuda, "peers": versions(), "command": " ".join(["python", *(Path(sys.argv[0]).name, *sys.argv[1:])])}
-    print(json.dumps(report), flush=True)
+    tell(json.dumps(report))
 
     def write() -> None:
         if args.json:
             report["seconds"] = round(time.time() - started)
             args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            args.json.with_suffix(".txt").write_text("\n".join(table) + "\n", encoding="utf-8")
 
     if args.compile:
         report["compiled"] = []
         for row in compile_all(args.only.split(",") if args.only else None):
             report["compiled"].append(row)
-            print(f"{row['kernel']:<20} {row.get('bytes', 0):>8} bytes of machine code, {row.get('shared', 0):>6} shared {row.get('failed', '')}", flush=True)
+            tell(f"{row['kernel']:<20} {row.get('bytes', 0):>8} bytes of machine code, {row.get('shared', 0):>6} shared {row.get('failed', '')}")
     elif device == "cuda":
-        device_report(report, args, started, write)
+        device_report(report, args, started, write, tell)
     else:
         if os.environ.get("TRITON_INTERPRET") != "1":
             parser.error("there is no CUDA device: TRITON_INTERPRET=1 with --check, or --compile")
@@ -479,7 +486,7 @@ def main() -> int:
         report["checks"] = []
         for what, error, bound in all_checks(device, args.only.split(",") if args.only else None):
             report["checks"].append({"what": what, "error": error, "bound": bound, "ok": error <= bound})
-            print(f"{'ok  ' if error <= bound else 'FAIL'}  {what}: {error:.2g} (at most {bound:.2g})", flush=True)
+            tell(f"{'ok  ' if error <= bound else 'FAIL'}  {what}: {error:.2g} (at most {bound:.2g})")
     write()
     return int(any(not row["ok"] for row in report.get("checks", ())) or any("failed" in row for row in report.get("compiled", ())))
 

@@ -92,6 +92,73 @@ def test_what_is_not_recorded_is_said():
     assert "k_anneal" in why_not(TopKConfig(k=4, k_anneal=0.5), steady, gpu)
 
 
+class Recorder:
+    """In place of a CUDA device's graphs: `graph` records nothing, `replay` runs the work anew."""
+
+    def __init__(self, monkeypatch, refuse: bool = False):
+        self.calls, self.inside = [], False
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: self.calls.append("replayed")))
+        recorder = self
+
+        class Graph:
+            def __init__(self, graph, **_):
+                pass
+
+            def __enter__(self):
+                recorder.inside = not refuse
+                if refuse:
+                    raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+            def __exit__(self, *_):
+                recorder.inside = False
+
+        monkeypatch.setattr(torch.cuda, "graph", Graph)
+
+    def work(self, x_BD, y_BD, numbers_3):
+        self.calls.append("recorded" if self.inside else "run")
+        self.seen = (x_BD.data_ptr(), float(x_BD.sum()), numbers_3.tolist())
+        return x_BD
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("refuse", [False, True])
+def test_what_is_recorded_and_when(monkeypatch, refuse):
+    """Three steps to warm up; then one recording, played back, but for the audits; anew after a raised r; op by op, with the reason, if refused."""
+    from saehub_native.kernels.replay import Replay
+    from saehub_native.optim import Adam
+
+    recorder = Recorder(monkeypatch, refuse)
+    kernels = SimpleNamespace(r=8, selections=1, low=lambda W: None, audit_due=lambda: kernels.selections % 6 == 0)
+    W_FD = torch.zeros(3, 2)
+    replay = Replay(recorder.work, Adam({"W": W_FD}), kernels, W_FD)
+    addresses = set()
+
+    def step(number: int) -> list[str]:
+        recorder.calls.clear()
+        before = kernels.selections
+        x_BD = torch.full((2, 2), float(number))
+        replay(x_BD, x_BD, 0.1)
+        if "replayed" not in recorder.calls:
+            kernels.selections = before + 1  # what the work itself does
+            assert recorder.seen[1] == 4.0 * number and recorder.seen[2][2] == replay.optimizer.t
+        assert kernels.selections == before + 1
+        addresses.add(recorder.seen[0])
+        return list(recorder.calls)
+
+    history = [step(number) for number in range(8)]
+    run, replayed = ["run"], ["replayed"]
+    if refuse:
+        assert history == [run] * 8 and replay.reason == "RuntimeError: operation not permitted when stream is capturing"
+        return
+    assert history == [run, run, run, ["recorded", *replayed], replayed, run, replayed, replayed]  # the sixth is audited
+    assert len(addresses) == 1
+    kernels.r = 16
+    assert [step(number) for number in range(8, 12)] == [run, run, run, run]  # the last one is audited
+    assert step(12) == ["recorded", *replayed]
+
+
 # ---------------------------------------------------------------------- 8-bit moments in plain torch
 @pytest.mark.quick
 def test_codes_are_unbiased_and_ordered():
