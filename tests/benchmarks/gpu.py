@@ -57,7 +57,17 @@ def say(**row: object) -> None:
 def short(error: BaseException) -> str:
     """One line. An error that takes the CUDA context with it ends the process: the parent reports it and begins another one."""
     line = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
-    if any(word in line for word in ("CUDA error", "AcceleratorError", "illegal memory", "misaligned address", "unspecified launch", "CUBLAS_STATUS_EXECUTION")):
+    if any(
+        word in line
+        for word in (
+            "CUDA error",
+            "AcceleratorError",
+            "illegal memory",
+            "misaligned address",
+            "unspecified launch",
+            "CUBLAS_STATUS_EXECUTION",
+        )
+    ):
         print(line, file=sys.stderr, flush=True)
         os._exit(3)
     return line
@@ -78,8 +88,34 @@ def compile_all(only: list[str] | None = None, capability: int = 90) -> Iterator
     f, i, q, h, u = "*fp32", "*i32", "*i64", "*bf16", "*u8"
     shape = dict.fromkeys(("n_rows", "n_latents", "d", "k", "n_groups", "wanted", "capacity", "first", "room", "stride", "n"), "i32")
     encode = {"x_ptr": h, "W_ptr": h, "b_ptr": f, "scores_ptr": h, "maxima_ptr": f}
-    pairs = {"offsets_ptr": q, "counts_ptr": q, "rows_ptr": q, "order_ptr": q, "weights_ptr": f, "source_ptr": f, "slots_ptr": i, "extra_ptr": f}
-    floats = dict.fromkeys(("numbers_ptr", "W_ptr", "m_scale_ptr", "v_scale_ptr", "norms_ptr", "residual_ptr", "scale_ptr", "grad_ptr", "error_ptr", "acts_ptr", "a_ptr", "sums_ptr", "p_ptr"), f)
+    pairs = {
+        "offsets_ptr": q,
+        "counts_ptr": q,
+        "rows_ptr": q,
+        "order_ptr": q,
+        "weights_ptr": f,
+        "source_ptr": f,
+        "slots_ptr": i,
+        "extra_ptr": f,
+    }
+    floats = dict.fromkeys(
+        (
+            "numbers_ptr",
+            "W_ptr",
+            "m_scale_ptr",
+            "v_scale_ptr",
+            "norms_ptr",
+            "residual_ptr",
+            "scale_ptr",
+            "grad_ptr",
+            "error_ptr",
+            "acts_ptr",
+            "a_ptr",
+            "sums_ptr",
+            "p_ptr",
+        ),
+        f,
+    )
     floats |= dict.fromkeys(("beta1", "beta2", "eps", "tiny", "weight"), "fp32")
     listed = {"rows_ptr": i, "count_ptr": i, "list_ptr": i, "x_ptr": f, "b_ptr": f, "out_ptr": f}
     BM, BN, BK, warps, stages = gpu_dead.TILE
@@ -113,9 +149,23 @@ def compile_all(only: list[str] | None = None, capability: int = 90) -> Iterator
             continue
         try:
             # What a launch says of its arguments: pointers and sizes are multiples of 16, so that loads are wide and can be pipelined.
-            attributes = {(at,): [["tt.divisibility", 16]] for at, name in enumerate(kernel.arg_names) if types[name] not in ("constexpr", "fp32") and name not in SMALL}
-            made = compile(ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=attributes), target=GPUTarget("cuda", capability, 32), options=options)
-            yield {"kernel": which, "constants": constants, "options": options, "bytes": len(made.asm["cubin"]), "shared": made.metadata.shared}
+            attributes = {
+                (at,): [["tt.divisibility", 16]]
+                for at, name in enumerate(kernel.arg_names)
+                if types[name] not in ("constexpr", "fp32") and name not in SMALL
+            }
+            made = compile(
+                ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=attributes),
+                target=GPUTarget("cuda", capability, 32),
+                options=options,
+            )
+            yield {
+                "kernel": which,
+                "constants": constants,
+                "options": options,
+                "bytes": len(made.asm["cubin"]),
+                "shared": made.metadata.shared,
+            }
         except Exception as error:
             yield {"kernel": which, "constants": constants, "options": options, "failed": short(error)}
 
@@ -207,7 +257,11 @@ def part_steps(size_name: str, names: list[str], until: float) -> None:
                 if name in OURS:
                     row |= {"graph": replay.reason or f"{replay.replayed} of its steps" if replay else "none", "cautions": made.cautions()}
                     again = getattr(made.kernels, "again", None)  # rows of a batch that were settled in float32
-                    row |= {"r": getattr(made.kernels, "r", None), "again": None if again is None else int(again), "fvu": made.metrics()["fvu"]}
+                    row |= {
+                        "r": getattr(made.kernels, "r", None),
+                        "again": None if again is None else int(again),
+                        "fvu": made.metrics()["fvu"],
+                    }
             except torch.OutOfMemoryError:
                 row = {"failed": f"does not fit at a batch of {fitting}"}
             except Exception as error:  # a peer that is absent, a kernel that does not compile
@@ -461,7 +515,13 @@ def main() -> int:
         table.append(line)
         print(line, flush=True)
 
-    report: dict = {"date": time.strftime("%Y-%m-%d"), "card": card, "python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__}
+    report: dict = {
+        "date": time.strftime("%Y-%m-%d"),
+        "card": card,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+    }
     report |= {"cuda": torch.version.cuda, "peers": versions(), "command": " ".join(["python", *(Path(sys.argv[0]).name, *sys.argv[1:])])}
     tell(json.dumps(report))
 
@@ -475,7 +535,9 @@ def main() -> int:
         report["compiled"] = []
         for row in compile_all(args.only.split(",") if args.only else None):
             report["compiled"].append(row)
-            tell(f"{row['kernel']:<20} {row.get('bytes', 0):>8} bytes of machine code, {row.get('shared', 0):>6} shared {row.get('failed', '')}")
+            tell(
+                f"{row['kernel']:<20} {row.get('bytes', 0):>8} bytes of machine code, {row.get('shared', 0):>6} shared {row.get('failed', '')}"
+            )
     elif device == "cuda":
         device_report(report, args, started, write, tell)
     else:

@@ -25,7 +25,9 @@ def rows_of(n: int, d: int, device: str, seed: int = 0) -> Tensor:
     D_FD = torch.nn.functional.normalize(torch.randn(4096, d, generator=draw, device=device), dim=1)
     chance_F = torch.arange(1, 4097, device=device, dtype=torch.float32) ** -0.7
     indices = torch.multinomial(chance_F, n * 24, replacement=True, generator=draw).view(n, 24)
-    x_ND = torch.nn.functional.embedding_bag(indices, D_FD, per_sample_weights=0.5 + 2 * torch.rand(n, 24, generator=draw, device=device), mode="sum")
+    x_ND = torch.nn.functional.embedding_bag(
+        indices, D_FD, per_sample_weights=0.5 + 2 * torch.rand(n, 24, generator=draw, device=device), mode="sum"
+    )
     x_ND += 0.2 + 0.3 * (24 / d) ** 0.5 * torch.randn(n, d, generator=draw, device=device)
     return x_ND * (d**0.5 / x_ND.norm(dim=1).mean())
 
@@ -43,7 +45,11 @@ def all_checks(device: str, only: list[str] | None = None) -> Iterator[Check]:
         try:
             yield from group(device)
         except Exception as error:  # the others are worth knowing
-            yield f"{group.__name__.replace('_', ' ')}: raised {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}", float("inf"), 0.0
+            yield (
+                f"{group.__name__.replace('_', ' ')}: raised {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}",
+                float("inf"),
+                0.0,
+            )
 
 
 def setting(device: str) -> SimpleNamespace:
@@ -84,7 +90,9 @@ def selection(device: str) -> Iterator[Check]:
         yield f"encode, {word}: ranking scores", relative(score_BC[here_BC], s_BF.gather(1, indices_BC)[here_BC]), rounding
         bar = torch.nn.functional.pad(s_BF, (0, -s.F % GROUP)).unflatten(1, (-1, GROUP)).amax(2).topk(k + gpu.r, dim=1).values[:, -1]
         yield f"threshold, {word}: the (k + r)-th group maximum", relative(bar_B, bar), rounding
-        lacking = (counts_B < k + gpu.r).sum() + sum(int((row[1:] <= row[:-1]).sum()) for row in (r[:c] for r, c in zip(indices_BC, counts_B, strict=True)))
+        lacking = (counts_B < k + gpu.r).sum() + sum(
+            int((row[1:] <= row[:-1]).sum()) for row in (r[:c] for r, c in zip(indices_BC, counts_B, strict=True))
+        )
         yield f"gather, {word}: rows with fewer than k + r candidates, or out of order", float(lacking), 0.0
         exact_BF = x_BD.double() @ W_FD.double().T + b_F.double()
         yield f"refine, {word}: exact values", relative(values_BC[here_BC], exact_BF.gather(1, indices_BC)[here_BC]), 1e-6
@@ -163,7 +171,11 @@ def updates(device: str) -> Iterator[Check]:
     if s.small:
         F = 64
     draw = torch.Generator().manual_seed(1)
-    x_BD, indices_BK, values_BK = torch.randn(n, d, generator=draw).to(device), torch.randint(F, (n, 3), generator=draw).to(device), torch.rand(n, 3, generator=draw).to(device)
+    x_BD, indices_BK, values_BK = (
+        torch.randn(n, d, generator=draw).to(device),
+        torch.randint(F, (n, 3), generator=draw).to(device),
+        torch.rand(n, 3, generator=draw).to(device),
+    )
     W_FD = torch.nn.functional.normalize(torch.randn(F, d, generator=draw), dim=1).to(device)
     extra_N = torch.randperm(F, generator=draw)[: F // 8].to(device)
     extra_ND = torch.randn(len(extra_N), d, generator=draw).to(device)
@@ -224,7 +236,11 @@ def dead_latents(device: str) -> Iterator[Check]:
     k_aux, alpha, kept = (5 if s.small else 64), 1 / 32, (module.SCORE_BYTES, module.LEAST_ROWS, module.PROGRAMS)
     draw = torch.Generator().manual_seed(2)
     x_BD, e_BD = torch.randn(n, d, generator=draw).to(device), torch.randn(n, d, generator=draw).to(device)
-    params = {"W_enc": torch.randn(F, d, generator=draw).to(device), "b_enc": torch.randn(F, generator=draw).to(device), "W_dec": torch.randn(F, d, generator=draw).to(device)}
+    params = {
+        "W_enc": torch.randn(F, d, generator=draw).to(device),
+        "b_enc": torch.randn(F, generator=draw).to(device),
+        "W_dec": torch.randn(F, d, generator=draw).to(device),
+    }
     # several chunks of rows, the last one not full, and programs with several tiles each
     module.SCORE_BYTES, module.LEAST_ROWS, module.PROGRAMS = 1, 8 if s.small else 64, 2
     # TF32 operands on a device: 2⁻¹¹ each; a latent at the edge of the choice may change sides there
@@ -240,7 +256,10 @@ def dead_latents(device: str) -> Iterator[Check]:
             ours = {name: gpu.latent_sums(firing, none_BK, x_BD) for name in ("W_enc", "W_dec")} | {"b_enc": torch.zeros(F, device=device)}
             plain = {name: torch.zeros_like(p) for name, p in params.items()}
             arguments = dict(k_aux=k_aux, alpha=alpha, signed=signed)
-            losses = [float(add_auxk(g, params, x_BD, e_BD, dead_F, kernels=kernels, **arguments)) for g, kernels in ((ours, gpu), (plain, s.plain))]
+            losses = [
+                float(add_auxk(g, params, x_BD, e_BD, dead_F, kernels=kernels, **arguments))
+                for g, kernels in ((ours, gpu), (plain, s.plain))
+            ]
             word = f"auxk, {many} dead{', signed' if signed else ''}"
             yield f"{word}: loss", abs(losses[0] - losses[1]) / max(1e-9, abs(losses[1])), bound
             for name in params:
@@ -253,7 +272,18 @@ def dead_latents(device: str) -> Iterator[Check]:
         module.SCORE_BYTES, module.LEAST_ROWS, module.PROGRAMS = kept
 
 
-def session(kernels: str, device: str, d: int, n_latents: int, k: int, batch: int, steps: int, architecture: str = "topk", calibration: int = 4096, **settings: object):
+def session(
+    kernels: str,
+    device: str,
+    d: int,
+    n_latents: int,
+    k: int,
+    batch: int,
+    steps: int,
+    architecture: str = "topk",
+    calibration: int = 4096,
+    **settings: object,
+):
     """A native training under those kernels."""
     from saehub.api import Job
     from saehub_native import config as configs
@@ -275,7 +305,19 @@ def session(kernels: str, device: str, d: int, n_latents: int, k: int, batch: in
 class NoWaiting(TorchDispatchMode):
     """Counts operations that read numbers back from a device, or whose result's shape depends on numbers: none can be recorded."""
 
-    WAIT = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "bincount", "repeat_interleave", "is_nonzero", "equal", "lift_fresh", "_unique2", "kthvalue")
+    WAIT = (
+        "_local_scalar_dense",
+        "nonzero",
+        "masked_select",
+        "unique",
+        "bincount",
+        "repeat_interleave",
+        "is_nonzero",
+        "equal",
+        "lift_fresh",
+        "_unique2",
+        "kthvalue",
+    )
 
     def __init__(self) -> None:
         super().__init__()
@@ -292,7 +334,11 @@ class NoWaiting(TorchDispatchMode):
 def addresses(session_) -> dict[str, int]:
     """Where everything lies that a recorded step touches and that outlives it."""
     kernels, replay = session_.kernels, session_.replay
-    tensors = dict(session_.params) | session_.optimizer.state() | {"since_fired": session_.since_fired_F, "rows": replay.x_BD, "numbers": replay.numbers_3}
+    tensors = (
+        dict(session_.params)
+        | session_.optimizer.state()
+        | {"since_fired": session_.since_fired_F, "rows": replay.x_BD, "numbers": replay.numbers_3}
+    )
     if kernels._copy is not None:
         tensors["copy"] = kernels._copy[2]
     return {name: t.data_ptr() for name, t in (tensors | (kernels._held or {})).items()}

@@ -25,9 +25,13 @@ KERNELS = (
 
 def run(path: Path, *words: str, **environment: str) -> dict:
     """The script's report."""
-    clean = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "SAEHUB_KERNELS", "CUDA_VISIBLE_DEVICES")}
+    clean = {
+        name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "SAEHUB_KERNELS", "CUDA_VISIBLE_DEVICES")
+    }
     command = [sys.executable, str(SCRIPT), *words, "--json", str(path)]
-    done = subprocess.run(command, env={**clean, "CUDA_VISIBLE_DEVICES": "", **environment}, capture_output=True, text=True, timeout=1500, check=False)
+    done = subprocess.run(
+        command, env={**clean, "CUDA_VISIBLE_DEVICES": "", **environment}, capture_output=True, text=True, timeout=1500, check=False
+    )
     assert path.exists(), done.stderr[-3000:]
     return json.loads(path.read_text())
 
@@ -237,4 +241,6 @@ def test_eight_bits_without_adam_are_refused_at_plan():
     from saehub_native.config import TopKConfig
 
     job = Job("eight", "resid_post.0", None, 32, 32, 8, 256, 8 * 256, 0, device="cpu")
-    assert any("adam_bits is 8, but the optimizer is muon" in problem for problem in TopKConfig(k=6, adam_bits=8, optimizer="muon").check(job))
+    assert any(
+        "adam_bits is 8, but the optimizer is muon" in problem for problem in TopKConfig(k=6, adam_bits=8, optimizer="muon").check(job)
+    )

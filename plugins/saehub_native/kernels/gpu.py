@@ -9,8 +9,8 @@ work, not the result; every `AUDIT_EVERY` selections some rows are compared with
 Gradients. As on a CPU, `latent_sums` returns `RowSums`, and `update` forms a latent's row, projects it, takes the Adam step and writes the
 low-precision copy while the row is in registers. Pairs are grouped by a stable sort, not by atomics: sums are the same bits every time.
 
-Apart from an audit, a step of the TopK and AbsTopK architectures never waits for the device: what depends on the numbers (which rows are unsure, which latents dead,
-whether to clip) is decided there. That is what lets `replay.py` record it.
+Apart from an audit, a step of the TopK and AbsTopK architectures never waits for the device: what depends on the numbers (which rows are unsure,
+which latents dead, whether to clip) is decided there. That is what lets `replay.py` record it.
 
 Not yet measured on a GPU: chosen by `SAEHUB_KERNELS=gpu` only. Under TRITON_INTERPRET=1 it runs on a processor, for tests.
 """
@@ -91,7 +91,9 @@ class GpuKernels(BatchChoice, DeadLatents, ReferenceKernels):
         """What the audit found."""
         if not self.missed:
             return []
-        return [f"the audit found {self.missed} of {self.audited:,} rows whose selection was not the float32 one; candidates a row were raised to k + {self.r}"]
+        return [
+            f"the audit found {self.missed} of {self.audited:,} rows whose selection was not the float32 one; candidates a row were raised to k + {self.r}"
+        ]
 
     # ------------------------------------------------------------------ selection
     def low(self, W_FD: Tensor) -> Tensor:
@@ -141,7 +143,16 @@ class GpuKernels(BatchChoice, DeadLatents, ReferenceKernels):
         return values_BK, indices_BK
 
     def _settle(
-        self, x_BD: Tensor, W_FD: Tensor, b_F: Tensor, values_BK: Tensor, indices_BK: Tensor, unsure_B: Tensor, scores_BF: Tensor, k: int, by_size: bool
+        self,
+        x_BD: Tensor,
+        W_FD: Tensor,
+        b_F: Tensor,
+        values_BK: Tensor,
+        indices_BK: Tensor,
+        unsure_B: Tensor,
+        scores_BF: Tensor,
+        k: int,
+        by_size: bool,
     ) -> None:
         """Select the unsure rows, in place, from a float32 product: in waves of as many as fit where the scores, now spent, were."""
         n_rows, (n_latents, d), e = len(unsure_B), W_FD.shape, self.encoding
@@ -160,7 +171,9 @@ class GpuKernels(BatchChoice, DeadLatents, ReferenceKernels):
                 spent, rows_B, count, values_BK, indices_BK, first, n_latents, k, BY_SIZE=by_size, BLOCK=block
             )
 
-    def scores(self, x_BD: Tensor, W_FD: Tensor, b_F: Tensor, by_size: bool, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    def scores(
+        self, x_BD: Tensor, W_FD: Tensor, b_F: Tensor, by_size: bool, out: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Ranking scores [B, F] (bfloat16, or float32) and their group maxima, float32 [B, ⌈F/GROUP⌉]; `out` takes them."""
         n_rows, (n_latents, d), e = x_BD.shape[0], W_FD.shape, self.encoding
         n_groups, low_FD = -(-n_latents // GROUP), self.low(W_FD)
@@ -185,7 +198,15 @@ class GpuKernels(BatchChoice, DeadLatents, ReferenceKernels):
         return scores_BF, maxima_BG
 
     def candidates(
-        self, x_BD: Tensor, W_FD: Tensor, b_F: Tensor, wanted: int, scores_BF: Tensor, maxima_BG: Tensor, bar_B: Tensor | None = None, capacity: int = 0
+        self,
+        x_BD: Tensor,
+        W_FD: Tensor,
+        b_F: Tensor,
+        wanted: int,
+        scores_BF: Tensor,
+        maxima_BG: Tensor,
+        bar_B: Tensor | None = None,
+        capacity: int = 0,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The latents of each row whose ranking score reaches the `wanted`-th largest group maximum, or `bar_B`: exact values float32 [B, C], their
         scores, their indices int64 [B, C] (places beyond the count hold 0), the counts [B] (above C: cut off), and that bar [B]."""
@@ -227,7 +248,18 @@ class GpuKernels(BatchChoice, DeadLatents, ReferenceKernels):
         grad_BD, delta_BK = torch.empty_like(target_BD), torch.empty_like(values_BK)
         error_B = torch.empty(n_rows, device=target_BD.device)
         self.on_latents.reconstruct[(n_rows,)](
-            target_BD, indices_BK.contiguous(), values_BK.contiguous(), W_dec_FD, float(weight), grad_BD, delta_BK, error_B, d, k, D=power(d), num_warps=warps_for(power(d))
+            target_BD,
+            indices_BK.contiguous(),
+            values_BK.contiguous(),
+            W_dec_FD,
+            float(weight),
+            grad_BD,
+            delta_BK,
+            error_B,
+            d,
+            k,
+            D=power(d),
+            num_warps=warps_for(power(d)),
         )
         return target_BD, grad_BD, delta_BK, error_B.double().sum().float()
 
@@ -312,7 +344,9 @@ class GpuKernels(BatchChoice, DeadLatents, ReferenceKernels):
     def clip_factor(self, params: Mapping[str, Tensor], plain: Sequence[Tensor], lazy: Mapping[str, RowSums], largest: float) -> Tensor:
         """min(1, largest / |g|) over all gradients, 0-dimensional. Where a bound of the norm is small enough already, which the device decides,
         the programs that would form it end at once."""
-        square = sum((g.norm().double().square() for g in plain), torch.zeros((), dtype=torch.float64, device=next(iter(params.values())).device))
+        square = sum(
+            (g.norm().double().square() for g in plain), torch.zeros((), dtype=torch.float64, device=next(iter(params.values())).device)
+        )
         bounded = square + sum(self._square_bound(g) for g in lazy.values())
         wanted = (~(bounded <= largest**2)).float()  # NaN: not bounded
         square = square + sum(self._square(g, params[name], wanted) for name, g in lazy.items())
@@ -327,7 +361,9 @@ class GpuKernels(BatchChoice, DeadLatents, ReferenceKernels):
         shadow = held is not None and held[0] is W_FD
         m, v = (m_FD, scales[0]), (v_FD, scales[1])
         scalars = numbers(W_FD, sums.factor, size, spread, optimizer.now, 1)
-        self._latents(sums, self.on_latents.UPDATE, W_FD, m, v, held[2] if shadow else W_FD, scalars, shadow, optimizer.betas, optimizer.eps)
+        self._latents(
+            sums, self.on_latents.UPDATE, W_FD, m, v, held[2] if shadow else W_FD, scalars, shadow, optimizer.betas, optimizer.eps
+        )
         for tensor in (W_FD, m_FD, v_FD):  # the kernel writes past torch's sight
             torch.autograd.graph.increment_version(tensor)
         if shadow:

@@ -79,7 +79,9 @@ class BatchChoice:
         nothing = torch.empty(1, device=x_BD.device, dtype=torch.int32)
         for _ in range(TRIES):
             bar_B = (bar - GUARD * self._error * norms_B).clamp_min(0).contiguous()
-            self.encoding.gather[(n_rows,)](scores_BF, maxima_BG, bar_B, nothing, counts_B, n_latents, 0, GROUP=GROUP, GROUPS=64)  # counts alone
+            self.encoding.gather[(n_rows,)](
+                scores_BF, maxima_BG, bar_B, nothing, counts_B, n_latents, 0, GROUP=GROUP, GROUPS=64
+            )  # counts alone
             capacity = int(counts_B.max())
             if capacity == 0 or capacity * n_rows * 16 > 4 * SCORE_BYTES:
                 return None

@@ -49,7 +49,14 @@ class DeadLatents:
         spread = (residual_BD - residual_BD.mean(0)).square_().sum().clamp_min(torch.finfo(torch.float32).tiny)
         scale = 2 * alpha / spread
         chunk = min(n_rows, max(LEAST_ROWS, SCORE_BYTES // (4 * n_latents)))
-        shapes = {"acts": (chunk, n_latents), "grad": (chunk, d_out), "enc": (n_latents, d_in), "dec": (n_latents, d_out), "b": (n_latents,), "unused": (n_latents,)}
+        shapes = {
+            "acts": (chunk, n_latents),
+            "grad": (chunk, d_out),
+            "enc": (n_latents, d_in),
+            "dec": (n_latents, d_out),
+            "b": (n_latents,),
+            "unused": (n_latents,),
+        }
         held = self._buffers(shapes, residual_BD)
         acts, grad, k = held["acts"], held["grad"], self.on_dead
         BM, BN, BK, warps, stages = (16, 32, 32, 4, 1) if self.interpreted else TILE

@@ -13,7 +13,17 @@ import triton.language as tl
 
 
 @triton.jit
-def histogram(values_ptr, n, prefix_ptr, counts_ptr, SHIFT: tl.constexpr, BINS: tl.constexpr, FIRST: tl.constexpr, BLOCK: tl.constexpr, PASSES: tl.constexpr):
+def histogram(
+    values_ptr,
+    n,
+    prefix_ptr,
+    counts_ptr,
+    SHIFT: tl.constexpr,
+    BINS: tl.constexpr,
+    FIRST: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PASSES: tl.constexpr,
+):
     """counts int32 [BINS] += the positive values whose bits above SHIFT + log2(BINS) are `prefix` (all, where FIRST), by their next bits."""
     prefix = tl.load(prefix_ptr)
     start = tl.program_id(0).to(tl.int64) * (BLOCK * PASSES)

@@ -38,7 +38,9 @@ def scores(
         sums = tl.zeros((BM, BN), tl.float32)
         for start in range(0, d, BK):
             columns = start + tl.arange(0, BK)
-            a = tl.load(a_ptr + rows[:, None].to(tl.int64) * d + columns[None, :], mask=in_rows[:, None] & (columns[None, :] < d), other=0.0)
+            a = tl.load(
+                a_ptr + rows[:, None].to(tl.int64) * d + columns[None, :], mask=in_rows[:, None] & (columns[None, :] < d), other=0.0
+            )
             w = tl.load(W_ptr + latents[None, :] * d + columns[:, None], mask=live[None, :] & (columns[:, None] < d), other=0.0)
             sums = tl.dot(a, w, sums, input_precision=PRECISION)
         here = acts_ptr + rows[:, None].to(tl.int64) * stride + places[None, :]
@@ -113,8 +115,14 @@ def gradients(
         totals = tl.zeros((BM,), tl.float32)
         for start in range(0, n_rows, BK):
             rows = start + tl.arange(0, BK)
-            a = tl.load(acts_ptr + rows[None, :].to(tl.int64) * stride + places[:, None], mask=(rows[None, :] < n_rows) & live[:, None], other=0.0)
-            s = tl.load(source_ptr + rows[:, None].to(tl.int64) * d + columns[None, :], mask=(rows[:, None] < n_rows) & in_columns[None, :], other=0.0)
+            a = tl.load(
+                acts_ptr + rows[None, :].to(tl.int64) * stride + places[:, None], mask=(rows[None, :] < n_rows) & live[:, None], other=0.0
+            )
+            s = tl.load(
+                source_ptr + rows[:, None].to(tl.int64) * d + columns[None, :],
+                mask=(rows[:, None] < n_rows) & in_columns[None, :],
+                other=0.0,
+            )
             sums = tl.dot(a, s, sums, input_precision=PRECISION)
             totals += tl.sum(a, 1)
         here = places[:, None].to(tl.int64) * d + columns[None, :]

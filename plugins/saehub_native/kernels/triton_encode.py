@@ -34,7 +34,9 @@ def encode(
     for start in range(0, d, BK):
         columns = start + tl.arange(0, BK)
         x = tl.load(x_ptr + rows[:, None].to(tl.int64) * d + columns[None, :], mask=in_rows[:, None] & (columns[None, :] < d), other=0.0)
-        w = tl.load(W_ptr + latents[None, :].to(tl.int64) * d + columns[:, None], mask=in_latents[None, :] & (columns[:, None] < d), other=0.0)
+        w = tl.load(
+            W_ptr + latents[None, :].to(tl.int64) * d + columns[:, None], mask=in_latents[None, :] & (columns[:, None] < d), other=0.0
+        )
         if UPCAST:  # the interpreter multiplies bfloat16 as if it were integers
             x, w = x.to(tl.float32), w.to(tl.float32)
         sums = tl.dot(x, w, sums, input_precision="ieee")
@@ -46,7 +48,9 @@ def encode(
     maxima = tl.max(tl.reshape(scores.to(tl.float32), (BM, BN // GROUP, GROUP)), axis=2)
     n_groups = tl.cdiv(n_latents, GROUP)
     groups = tl.program_id(1) * (BN // GROUP) + tl.arange(0, BN // GROUP)
-    tl.store(maxima_ptr + rows[:, None].to(tl.int64) * n_groups + groups[None, :], maxima, mask=in_rows[:, None] & (groups[None, :] < n_groups))
+    tl.store(
+        maxima_ptr + rows[:, None].to(tl.int64) * n_groups + groups[None, :], maxima, mask=in_rows[:, None] & (groups[None, :] < n_groups)
+    )
 
 
 @triton.jit
@@ -80,9 +84,7 @@ def threshold(maxima_ptr, out_ptr, n_groups, wanted, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def gather(
-    scores_ptr, maxima_ptr, threshold_ptr, indices_ptr, counts_ptr, n_latents, capacity, GROUP: tl.constexpr, GROUPS: tl.constexpr
-):
+def gather(scores_ptr, maxima_ptr, threshold_ptr, indices_ptr, counts_ptr, n_latents, capacity, GROUP: tl.constexpr, GROUPS: tl.constexpr):
     """Candidates of each row in ascending order: int32 [n_rows, capacity] (what lies beyond is cut off), and how many there are."""
     row = tl.program_id(0).to(tl.int64)
     bar = tl.load(threshold_ptr + row)
@@ -137,7 +139,9 @@ def exact(
         for start in range(0, d, BK):
             columns = start + tl.arange(0, BK)
             x = tl.load(x_ptr + rows[:, None] * d + columns[None, :], mask=live[:, None] & (columns[None, :] < d), other=0.0)
-            w = tl.load(W_ptr + latents[None, :].to(tl.int64) * d + columns[:, None], mask=inside[None, :] & (columns[:, None] < d), other=0.0)
+            w = tl.load(
+                W_ptr + latents[None, :].to(tl.int64) * d + columns[:, None], mask=inside[None, :] & (columns[:, None] < d), other=0.0
+            )
             sums = tl.dot(x, w, sums, input_precision="ieee")
         p = sums + tl.load(b_ptr + latents, mask=inside, other=0.0)[None, :]
         tl.store(out_ptr + slots[:, None].to(tl.int64) * n_latents + latents[None, :], p, mask=live[:, None] & inside[None, :])
@@ -177,9 +181,7 @@ def above(p_ptr, n, bar, BY_SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def choose(
-    p_ptr, rows_ptr, count_ptr, values_ptr, indices_ptr, first, n_latents, k, BY_SIZE: tl.constexpr, BLOCK: tl.constexpr
-):
+def choose(p_ptr, rows_ptr, count_ptr, values_ptr, indices_ptr, first, n_latents, k, BY_SIZE: tl.constexpr, BLOCK: tl.constexpr):
     """values float32 and indices int64 [n_rows, k] of the rows `rows[first + slot]`, from p [slots, n_latents]; a program a slot."""
     slot = first + tl.program_id(0)
     if slot < tl.load(count_ptr):

@@ -16,9 +16,7 @@ import triton.language as tl
 
 
 @triton.jit
-def reconstruct(
-    target_ptr, indices_ptr, values_ptr, W_ptr, weight, grad_ptr, delta_ptr, error_ptr, d, k, D: tl.constexpr
-):
+def reconstruct(target_ptr, indices_ptr, values_ptr, W_ptr, weight, grad_ptr, delta_ptr, error_ptr, d, k, D: tl.constexpr):
     """target [n_rows, d] becomes the residual in place; grad [n_rows, d], delta [n_rows, k], error [n_rows], all float32; D ≥ d a power of two."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, D)
