@@ -131,7 +131,7 @@ def compile_all(only: list[str] | None = None, capability: int = 90) -> Iterator
         (e.exact, listed, dict(BM=16, BN=64, BK=32), {}),
         *((e.choose, listed | {"values_ptr": f, "indices_ptr": q}, dict(BY_SIZE=s, BLOCK=1024), {}) for s in (False, True)),
         *((triton_batch.histogram, {"values_ptr": f, "prefix_ptr": i, "counts_ptr": i}, dict(SHIFT=s, BINS=b, FIRST=s == 21, BLOCK=1024, PASSES=8), {}) for s, b in ((21, 1024), (11, 1024), (0, 2048))),
-        (l.reconstruct, dict.fromkeys(("target_ptr", "values_ptr", "delta_ptr"), f) | {"indices_ptr": q}, dict(D=4096), dict(num_warps=warps_for(4096))),
+        (l.reconstruct, dict.fromkeys(("target_ptr", "values_ptr", "delta_ptr"), f) | {"indices_ptr": q}, dict(K=64, C=256), dict(num_warps=8)),
         (l.totals, pairs | {"out_ptr": f}, dict(BLOCK=128), dict(num_warps=1)),
         (l.bound, pairs | {"out_ptr": f}, dict(EXTRA=True, BLOCK=128, D=4096), dict(num_warps=1)),
         *((l.latents, pairs | {"m_ptr": u if bits == 8 else f, "v_ptr": u if bits == 8 else f, "out_ptr": h if mode == l.UPDATE else f},

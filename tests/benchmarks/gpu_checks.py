@@ -149,9 +149,11 @@ def rows(device: str) -> Iterator[Check]:
     y_BD = torch.randn(s.n, s.d, generator=s.draw).to(device)
     values_BK, indices_BK = plain.encode_select(s.x, s.W, s.b, s.k)
     values_BK[0] = 0
-    results = [kernels.reconstruct(y_BD.clone(), values_BK, indices_BK, s.W, 0.37) for kernels in (gpu, plain)]
-    for name, found, expected in zip(("residual", "gradient", "value gradients", "squared error"), *results, strict=True):
-        yield f"reconstruct: {name}", relative(found, expected), 2e-6
+    wide_BK = torch.randint(s.F, (s.n, 40), generator=s.draw).to(device), torch.rand(s.n, 40, generator=s.draw).to(device)
+    for name, (at_BK, v_BK) in {"": (indices_BK, values_BK), ", k 40": wide_BK}.items():
+        results = [kernels.reconstruct(y_BD.clone(), v_BK, at_BK, s.W, 0.37) for kernels in (gpu, plain)]
+        for what, found, expected in zip(("residual", "gradient", "value gradients", "squared error"), *results, strict=True):
+            yield f"reconstruct{name}: {what}", relative(found, expected), 2e-6
     fired_F = torch.zeros(s.F, dtype=torch.bool, device=device)
     fired_F[indices_BK[values_BK != 0]] = True
     yield "group: latents that fired, or not, by mistake", float((gpu.fired(indices_BK, values_BK != 0, s.F) != fired_F).sum()), 0.0

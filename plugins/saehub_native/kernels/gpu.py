@@ -247,19 +247,10 @@ class GpuKernels(BatchChoice, DeadLatents, ReferenceKernels):
         (n_rows, d), k = target_BD.shape, values_BK.shape[1]
         grad_BD, delta_BK = torch.empty_like(target_BD), torch.empty_like(values_BK)
         error_B = torch.empty(n_rows, device=target_BD.device)
+        inputs = target_BD, indices_BK.contiguous(), values_BK.contiguous(), W_dec_FD, float(weight)
+        K = max(16, power(k))
         self.on_latents.reconstruct[(n_rows,)](
-            target_BD,
-            indices_BK.contiguous(),
-            values_BK.contiguous(),
-            W_dec_FD,
-            float(weight),
-            grad_BD,
-            delta_BK,
-            error_B,
-            d,
-            k,
-            D=power(d),
-            num_warps=warps_for(power(d)),
+            *inputs, grad_BD, delta_BK, error_B, d, k, K=K, C=max(16, min(power(d), (1 << 14) // K)), num_warps=8
         )
         return target_BD, grad_BD, delta_BK, error_B.double().sum().float()
 

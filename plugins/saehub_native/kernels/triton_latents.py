@@ -16,25 +16,33 @@ import triton.language as tl
 
 
 @triton.jit
-def reconstruct(target_ptr, indices_ptr, values_ptr, W_ptr, weight, grad_ptr, delta_ptr, error_ptr, d, k, D: tl.constexpr):
-    """target [n_rows, d] becomes the residual in place; grad [n_rows, d], delta [n_rows, k], error [n_rows], all float32; D ≥ d a power of two."""
+def reconstruct(
+    target_ptr, indices_ptr, values_ptr, W_ptr, weight, grad_ptr, delta_ptr, error_ptr, d, k, K: tl.constexpr, C: tl.constexpr
+):  # fmt: skip
+    """target [n_rows, d] becomes the residual in place; grad [n_rows, d], delta [n_rows, k], error [n_rows], all float32; K ≥ k a power of two.
+
+    C columns at a time: a piece of the k decoder rows is read once, for the residual there and for its part of δ.
+    """
     row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, D)
-    inside = columns < d
-    residual = tl.load(target_ptr + row * d + columns, mask=inside, other=0.0)
-    for j in range(k):
-        value = tl.load(values_ptr + row * k + j)
-        if value != 0.0:
-            latent = tl.load(indices_ptr + row * k + j)
-            residual -= value * tl.load(W_ptr + latent * d + columns, mask=inside, other=0.0)
-    tl.store(target_ptr + row * d + columns, residual, mask=inside)
-    tl.store(error_ptr + row, tl.sum(residual * residual))
-    grad = -2.0 * weight * residual
-    tl.store(grad_ptr + row * d + columns, grad, mask=inside)
-    for j in range(k):
-        latent = tl.load(indices_ptr + row * k + j)
-        delta = tl.sum(grad * tl.load(W_ptr + latent * d + columns, mask=inside, other=0.0))
-        tl.store(delta_ptr + row * k + j, tl.where(tl.load(values_ptr + row * k + j) != 0.0, delta, 0.0))
+    places = tl.arange(0, K)
+    there = places < k
+    values = tl.load(values_ptr + row * k + places, mask=there, other=0.0)
+    latents = tl.load(indices_ptr + row * k + places, mask=there, other=0)
+    active = values != 0.0
+    delta = tl.zeros((K,), tl.float32)
+    error = tl.zeros((C,), tl.float32)
+    for start in range(0, d, C):
+        columns = start + tl.arange(0, C)
+        inside = columns < d
+        W = tl.load(W_ptr + latents[:, None] * d + columns[None, :], mask=active[:, None] & inside[None, :], other=0.0)
+        residual = tl.load(target_ptr + row * d + columns, mask=inside, other=0.0) - tl.sum(values[:, None] * W, 0)
+        grad = -2.0 * weight * residual
+        tl.store(target_ptr + row * d + columns, residual, mask=inside)
+        tl.store(grad_ptr + row * d + columns, grad, mask=inside)
+        error += residual * residual
+        delta += tl.sum(W * grad[None, :], 1)
+    tl.store(error_ptr + row, tl.sum(error))
+    tl.store(delta_ptr + row * k + places, tl.where(active, delta, 0.0), mask=there)
 
 
 @triton.jit
