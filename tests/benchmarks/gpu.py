@@ -118,8 +118,11 @@ def compile_all(only: list[str] | None = None, capability: int = 90) -> Iterator
     )
     floats |= dict.fromkeys(("beta1", "beta2", "eps", "tiny", "weight"), "fp32")
     listed = {"rows_ptr": i, "count_ptr": i, "list_ptr": i, "x_ptr": f, "b_ptr": f, "out_ptr": f}
-    BM, BN, BK, warps, stages = gpu_dead.TILE
-    dead, dead_options = dict(PRECISION="tf32", BM=BM, BN=BN, BK=BK), dict(num_warps=warps, num_stages=stages)
+
+    def dead_ways() -> Iterator[tuple[dict, dict]]:
+        for precision, (BM, BN, BK, warps, stages) in (("tf32", gpu_dead.TILE), ("ieee", gpu_dead.PLAIN_TILE)):
+            yield dict(PRECISION=precision, BM=BM, BN=BN, BK=BK), dict(num_warps=warps, num_stages=stages)
+
     tiles = [CHOSEN, SMALL_TILES, *(tile for tile in TILES if tile != CHOSEN)]
     plan: list[tuple] = [
         *((e.encode, encode, dict(UPCAST=False, BY_SIZE=False, GROUP=16, BM=t[0], BN=t[1], BK=t[2]), dict(num_warps=t[3], num_stages=t[4])) for t in tiles),
@@ -137,10 +140,10 @@ def compile_all(only: list[str] | None = None, capability: int = 90) -> Iterator
         *((l.latents, pairs | {"m_ptr": u if bits == 8 else f, "v_ptr": u if bits == 8 else f, "out_ptr": h if mode == l.UPDATE else f},
            dict(SPHERE=True, EXTRA=True, SHADOW=mode == l.UPDATE, MODE=mode, BITS=bits, D=4096, BLOCK=256), dict(num_warps=warps_for(4096)))
           for mode, bits in ((l.STORE, 32), (l.SQUARE, 32), (l.UPDATE, 32), (l.UPDATE, 8))),
-        *((a.scores, listed, dict(MODE=mode, **dead), dead_options) for mode in (a.RELU, a.SIGNED, a.MASK)),
+        *((a.scores, listed, dict(MODE=mode, **dead), options) for dead, options in dead_ways() for mode in (a.RELU, a.SIGNED, a.MASK)),
         (a.keep, listed, dict(BLOCK=1024), {}),
-        (a.miss, listed, dead, dead_options),
-        *((a.gradients, listed | {"source_ptr": f}, dict(FIRST=first, **dead), dead_options) for first in (True, False)),
+        *((a.miss, listed, dead, options) for dead, options in dead_ways()),
+        *((a.gradients, listed | {"source_ptr": f}, dict(FIRST=x, **dead), options) for dead, options in dead_ways() for x in (True, False)),
     ]  # fmt: skip
     for kernel, signature, constants, options in plan:
         types = {name: "constexpr" if name in constants else (floats | signature).get(name) or shape[name] for name in kernel.arg_names}

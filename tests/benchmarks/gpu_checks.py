@@ -63,8 +63,9 @@ def setting(device: str) -> SimpleNamespace:
     x_BD, W_FD = torch.randn(n, d, generator=draw).to(device), (torch.randn(F, d, generator=draw) / d**0.5).to(device)
     b_F = (0.1 * torch.randn(F, generator=draw)).to(device)
 
-    def gpu(kind: str | None = None) -> GpuKernels:
+    def gpu(kind: str | None = None, precision: str = "ieee") -> GpuKernels:
         kernels = GpuKernels(kind)
+        kernels.precision = precision
         kernels.r = 8 if small else kernels.r
         return kernels
 
@@ -211,7 +212,8 @@ def updates(device: str) -> Iterator[Check]:
         weight = adams[1].params["W"]
         adams[1].step({"W": dense(weight) * 0.5}, 1e-2)
         weight.div_(weight.norm(dim=1, keepdim=True))
-    yield "update: weight after 3 steps", relative(adams[0].params["W"], adams[1].params["W"]), 2e-6
+    # on a device, with many numbers, a gradient of almost 0 may have another sign, which Adam makes a step of
+    yield "update: weight after 3 steps", relative(adams[0].params["W"], adams[1].params["W"]), 2e-6 if s.small else 2e-4
     yield "update: second moment", relative(adams[0].v["W"], adams[1].v["W"]), 1e-5
     yield "update: bfloat16 copy", relative(gpu.low(adams[0].params["W"]), adams[0].params["W"]), 2.0**-8
     triton, plain = Adam8({"W": W_FD.clone()}), Adam8({"W": W_FD.clone()})
@@ -225,7 +227,7 @@ def updates(device: str) -> Iterator[Check]:
         apart = (getattr(triton, kind)["W"] != getattr(plain, kind)["W"]).double().mean()
         yield f"update, 8 bits: codes of {kind} that differ from plain torch", float(apart), 2e-3
     yield "update, 8 bits: scales of v", relative(triton.block_scales["v"]["W"], plain.block_scales["v"]["W"]), 1e-5
-    yield "update, 8 bits: weight", relative(triton.params["W"], plain.params["W"]), 1e-4
+    yield "update, 8 bits: weight", relative(triton.params["W"], plain.params["W"]), 1e-4 if s.small else 1e-3
 
 
 def dead_latents(device: str) -> Iterator[Check]:
@@ -245,13 +247,15 @@ def dead_latents(device: str) -> Iterator[Check]:
     }
     # several chunks of rows, the last one not full, and programs with several tiles each
     module.SCORE_BYTES, module.LEAST_ROWS, module.PROGRAMS = 1, 8 if s.small else 64, 2
-    # TF32 operands on a device: 2⁻¹¹ each; a latent at the edge of the choice may change sides there
-    bound = 2e-6 if device == "cpu" else 3e-2
+    # On a device, a latent at the edge of the choice may change sides: in one row in twenty under TF32, which is 2⁻¹⁰ off.
+    ways = {"ieee": 2e-6} if s.small else {"ieee": 2e-2, "tf32": 0.15}
     try:
-        for many, signed in ((0, False), (3, False), (F // 2, False), (F // 2, True)):
+        cases = [(precision, *case) for precision in ways for case in ((0, False), (3, False), (F // 2, False), (F // 2, True))]
+        for precision, many, signed in cases:
+            bound = ways[precision]
             dead_F = torch.zeros(F, dtype=torch.bool, device=device)
             dead_F[torch.randperm(F, generator=draw)[:many].to(device)] = True
-            gpu = s.gpu()
+            gpu = s.gpu(precision=precision)
             gpu.lazy = True
             none_BK, at_BK = torch.zeros(n, 1, device=device), torch.zeros(n, 1, dtype=torch.int64, device=device)
             firing = gpu.group(at_BK, F, none_BK)
@@ -262,7 +266,7 @@ def dead_latents(device: str) -> Iterator[Check]:
                 float(add_auxk(g, params, x_BD, e_BD, dead_F, kernels=kernels, **arguments))
                 for g, kernels in ((ours, gpu), (plain, s.plain))
             ]
-            word = f"auxk, {many} dead{', signed' if signed else ''}"
+            word = f"auxk, {precision}, {many} dead{', signed' if signed else ''}"
             yield f"{word}: loss", abs(losses[0] - losses[1]) / max(1e-9, abs(losses[1])), bound
             for name in params:
                 found = ours[name] if name == "b_enc" else ours[name].dense(params[name])
@@ -357,6 +361,7 @@ def training(device: str) -> Iterator[Check]:
         session_ = session(kernels, device, d, F, k, batch, steps, **(settings | more))
         if kernels.startswith("gpu"):
             session_.kernels.r = 2 if small else session_.kernels.r
+            session_.kernels.precision = "ieee"
         return session_
 
     def train(session_, start: int = 0, stop: int | None = None):
@@ -390,7 +395,7 @@ def training(device: str) -> Iterator[Check]:
         yield f"step: recorded as a CUDA graph ({whole.replay.reason or 'yes'})", float(whole.replay.graph is None), 0.0
         yield "step: played back too few times by", max(0.0, 8.0 - whole.replay.replayed), 0.0
     for name, weight in whole.params.items():
-        # a latent at the edge of AuxK's choice may fall on either side of it under TF32
+        # on a device, a gradient of almost 0 may have another sign, which Adam makes a step of
         yield f"training, {steps} steps: {name} against the plain kernels", relative(weight, plain.params[name]), 1e-4 if small else 2e-2
     if not small:
         again = begin("gpu")

@@ -29,7 +29,7 @@ from saehub_native.kernels import Firing
 from saehub_native.kernels.audit import missed_rows
 from saehub_native.kernels.gpu_batch import BatchChoice
 from saehub_native.kernels.gpu_common import GROUP, GUARD, MAX_GROUPS, SCORE_BYTES, listed, numbers, power, warps_for
-from saehub_native.kernels.gpu_dead import DeadLatents
+from saehub_native.kernels.gpu_dead import DeadLatents, best_precision
 from saehub_native.kernels.lazy import Part, RowSums
 from saehub_native.kernels.reference import ReferenceKernels
 
@@ -69,7 +69,7 @@ class GpuKernels(BatchChoice, DeadLatents, ReferenceKernels):
 
         self.encoding, self.on_latents, self.on_batch, self.on_dead = triton_encode, triton_latents, triton_batch, triton_dead
         self.interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-        self.kind, self.tiles = kind or best_kind(), best_tiles()
+        self.kind, self.tiles, self.precision = kind or best_kind(), best_tiles(), best_precision()
         self.r, self.selections, self.audited, self.missed = R_START, 0, 0, 0
         self.again: Tensor | None = None
         """0-dimensional, on the device: rows of the last selection that were taken from a float32 product."""

@@ -11,12 +11,17 @@ from torch import Tensor
 from saehub_native.kernels.gpu_common import SCORE_BYTES, listed
 from saehub_native.kernels.lazy import RowSums
 
-TILE = (128, 128, 32, 8, 3)
-"""Rows, columns and depth of a product's tile; warps; stages."""
+TILE, PLAIN_TILE = (128, 128, 32, 8, 3), (32, 64, 16, 4, 2)
+"""Rows, columns and depth of a product's tile; warps; stages: on tensor cores, and without them."""
 PROGRAMS = 64
 """Along the dead latents."""
 LEAST_ROWS = 64
 """Of a chunk, however many latents there are."""
+
+
+def best_precision() -> str:
+    """TF32 where the device has it."""
+    return "tf32" if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8 else "ieee"
 
 
 class DeadLatents:
@@ -28,6 +33,8 @@ class DeadLatents:
 
     interpreted: bool
     on_dead: Any
+    precision: str
+    """Of the products' operands: `tf32`, or `ieee`, which is float32."""
     _held: dict[str, Tensor] | None = None
 
     def add_auxk(
@@ -59,7 +66,7 @@ class DeadLatents:
         }
         held = self._buffers(shapes, residual_BD)
         acts, grad, k = held["acts"], held["grad"], self.on_dead
-        BM, BN, BK, warps, stages = (16, 32, 32, 4, 1) if self.interpreted else TILE
+        BM, BN, BK, warps, stages = (16, 32, 32, 4, 1) if self.interpreted else TILE if self.precision == "tf32" else PLAIN_TILE
         tile: dict[str, Any] = {"BM": BM, "BN": BN, "BK": BK, "num_warps": warps, "num_stages": stages, "PRECISION": self.precision}
         up = lambda n, size: -(-n // size)  # noqa: E731
         wide = min(up(n_latents, BN), PROGRAMS)  # programs along the dead latents, however many there are
@@ -80,11 +87,6 @@ class DeadLatents:
         grads["W_dec"].place_rows(slots_F, held["dec"])
         grads["b_enc"] = grads["b_enc"] + torch.where(dead_F, held["b"][slots_F.clamp_min(0).long()], 0.0)
         return alpha * torch.stack([error.sum() for error in errors]).sum() / spread  # tiles write 0 where nothing is dead
-
-    @property
-    def precision(self) -> str:
-        """Of the products' operands."""
-        return "tf32" if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8 else "ieee"
 
     def _buffers(self, shapes: Mapping[str, tuple[int, ...]], like: Tensor) -> dict[str, Tensor]:
         held = self._held
