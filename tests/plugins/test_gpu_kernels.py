@@ -205,19 +205,18 @@ def planted(n: int, seed: int):
 
 
 def test_eight_bits_train_as_well_as_thirty_two(monkeypatch):
-    """FVU on rows not trained on within 0.5 % of 32-bit Adam's, over three seeds."""
-    fvu: dict[int, list[float]] = {8: [], 32: []}
+    """FVU on rows not trained on. Two short trainings differ by about 1 % for chance alone: tests/benchmarks/adam_bits.py takes more seeds."""
+    fvu: dict[int, float] = {8: 0.0, 32: 0.0}
     fresh = planted(4096, 1234)
     for bits in fvu:
-        for seed in range(3):
-            session = eight_bit_session(bits, 400, monkeypatch, seed=seed)
-            for step in range(400):
+        for seed in range(2):
+            session = eight_bit_session(bits, 250, monkeypatch, seed=seed)
+            for step in range(250):
                 session.step(planted(256, 1000 * seed + step))
             with torch.no_grad():
                 error = session.finish()(fresh) - fresh
-            fvu[bits].append(float(error.square().sum() / (fresh - fresh.mean(0)).square().sum()))
-    print(fvu)
-    assert sum(fvu[8]) / sum(fvu[32]) < 1.005, fvu
+            fvu[bits] += float(error.square().sum() / (fresh - fresh.mean(0)).square().sum()) / 2
+    assert fvu[8] < 0.3 and fvu[8] / fvu[32] < 1.03, fvu
 
 
 @pytest.mark.quick
