@@ -216,3 +216,22 @@ def test_without_a_judge_nothing_is_asked(stage, tmp_path, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(StageFailed, match="OPENAI_API_KEY is not set"):
         Autointerp().evaluate(context_of(stage, tmp_path, {"sae": sae_of(stage)}, ("in_sample",)))
+
+
+# ---------------------------------------------------------------------- ravel
+def test_ravel_without_its_prompts_is_refused_with_the_command_that_fetches_them(tmp_path, monkeypatch):
+    """Where `data_dir` has none, and where there is no `data_dir` and no hub; a tokenizer without BOS is refused, too."""
+    from saehub_saebench.config import RavelConfig
+    from saehub_saebench.ravel import Ravel
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    stage = toys.RavelStage(tmp_path)
+    there = context_of(stage, tmp_path, {"sae": sae_of(stage)})
+    for config, folder in ((RavelConfig(data_dir=str(tmp_path / "none")), tmp_path / "none"), (RavelConfig(), Path("data"))):
+        with pytest.raises(StageFailed, match=r"needs ravel_city_entity_attributes\.json, .*ravel_nobel_prize_winner_entity_to_split\.json") as error:
+            Ravel(config).evaluate(there)
+        assert f"hf download adamkarvonen/ravel_prompts --repo-type dataset --local-dir {folder / 'adamkarvonen' / 'ravel_prompts'}" in error.value.fix
+    (tmp_path / "plain").mkdir()
+    plain = Stage(tmp_path / "plain")
+    with pytest.raises(StageFailed, match="would read the token after the entity"):
+        Ravel().evaluate(context_of(plain, tmp_path, {"sae": sae_of(plain)}))

@@ -20,7 +20,7 @@ toys = module_from_spec(spec)
 spec.loader.exec_module(toys)
 SITE = "resid_post.0"
 TEMPORAL = {"n_heads": 2, "n_attn_layers": 1, "bottleneck_factor": 4, "k": 3, "tied": False, "input_scale": 1.0}
-SHORTER = {"ravel": {"num_pairs_per_attribute": 4, "llm_batch_size": 8}, "sae_probes": {"max_seq_len": 16}}
+SHORTER = {"ravel": {"num_pairs_per_attribute": 6, "llm_batch_size": 4}, "sae_probes": {"max_seq_len": 16}}
 """So many SAEs: less for each."""
 WHOLE = ("meta_structure",)
 """Evaluators that encode whole sequences, or nothing: they admit architectures that mix positions."""
