@@ -29,6 +29,7 @@ TRAINERS: dict[str, dict[str, Any]] = {
     "saelens/jumprelu": {"l0_coefficient": 0.01},
     "saelens/matching_pursuit": {"max_iterations": 8},
     **{f"sparsify/{word}": K for word in ("topk", "groupmax", "multi_topk", "transcoder", "skip_transcoder")},
+    "sparsify/end_to_end": {**K, "optimizer": "adam"},
     **{f"dictionary_learning/{word}": K for word in ("topk", "batch_topk", "matryoshka_batch_topk")},
     "dictionary_learning/jump_relu": L0,
     **{f"dictionary_learning/{word}": {} for word in ("standard", "standard_april", "gated")},
