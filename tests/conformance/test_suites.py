@@ -496,7 +496,7 @@ def test_an_evaluator_that_returns_no_rows_is_told_so_once(returned, words):
 
 
 def test_a_wrong_kind_is_a_usage_error():
-    with pytest.raises(UsageError, match="is a trainer, not a exporter|no exporter is called"):
+    with pytest.raises(UsageError, match="is a trainer, not an exporter"):
         check_exporter("native/topk")
 
 

@@ -275,7 +275,7 @@ CHECKPOINT: dict[str, Fault] = {
     # what a file is made of
     "truncated tensors": Fault(SCHEMA, "cannot be read", "jumprelu", file_of(v1.WEIGHTS, lambda data: data[: len(data) // 2])),
     "truncated saehub.json": Fault(SCHEMA, "is not JSON", "jumprelu", file_of(v1.HEADER, lambda data: data[: len(data) // 2])),
-    "no saehub.json": Fault(SCHEMA, "no known format", "jumprelu", lambda folder: (folder / v1.HEADER).unlink()),
+    "no saehub.json": Fault(SCHEMA, "saehub.json of the format saehub is missing", "jumprelu", lambda folder: (folder / v1.HEADER).unlink()),
     "no tensors": Fault(SCHEMA, "does not exist", "jumprelu", lambda folder: (folder / v1.WEIGHTS).unlink()),
     "a missing tensor": Fault(SCHEMA, "b_enc", "jumprelu", tensors_of(lambda t: t.pop("b_enc"))),
     "an extra tensor": Fault(SCHEMA, "W_extra", "jumprelu", tensors_of(lambda t: t.update(W_extra=torch.ones(3)))),
