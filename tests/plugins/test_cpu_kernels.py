@@ -10,7 +10,7 @@ import torch
 
 from saehub.api import Job
 from saehub.errors import StageFailed
-from saehub_native.config import BatchTopKConfig, GroupMaxConfig, MatryoshkaConfig, TopKConfig
+from saehub_native.config import AbsTopKConfig, BatchTopKConfig, GroupMaxConfig, MatryoshkaConfig, TopKConfig
 from saehub_native.kernels import CHOICE, audit, compiled, cpu, pick
 from saehub_native.kernels.cpu import CpuKernels
 from saehub_native.kernels.lazy import Part, RowSums, joined
@@ -241,16 +241,25 @@ def as_bytes(session) -> dict[str, bytes]:
     return {name: t.contiguous().view(torch.uint8).numpy().tobytes() for name, t in session.state()[0].items()}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_resumed_run_takes_the_same_path_and_ends_bit_identical(monkeypatch, kind):
+SPARSE = [TopKConfig, BatchTopKConfig, MatryoshkaConfig, AbsTopKConfig, GroupMaxConfig]
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "k"),
+    [*((TopKConfig, kind, 6) for kind in KINDS), (TopKConfig, "int8", 3), *((make, "int8", 6) for make in SPARSE[1:])],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_a_resumed_run_takes_the_same_path_and_ends_bit_identical(monkeypatch, make, kind, k):
     monkeypatch.setattr(cpu, "AUDIT_EVERY", 4)
+    config = make(k=k, width=144, batch=BATCH, calibration=256, dead_after=BATCH, k_aux=4)
     rows = make_rows(16 * BATCH)
     monkeypatch.setenv(CHOICE, f"cpu:{kind}")
-    straight, first = feed(open_session(), rows, 0, 16), feed(open_session(), rows, 0, 7)
+    straight, first = feed(open_session(config), rows, 0, 16), feed(open_session(config), rows, 0, 7)
     assert straight.kernels.audited > 0 and straight.kernels.ranker.kind == kind
     tensors, data = first.state()
+    assert "companion" in data["kernel_state"], "AuxK was not at work: the test would prove too little"
     monkeypatch.setenv(CHOICE, "reference")  # what a new training would take does not matter
-    second = open_session()
+    second = open_session(config)
     second.load_state(tensors, json.loads(json.dumps(data)))
     feed(second, rows, 7, 16)
     assert as_bytes(second) == as_bytes(straight)

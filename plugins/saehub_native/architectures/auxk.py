@@ -46,7 +46,6 @@ def add_auxk(
     if n_dead == 0:
         return residual_BD.new_zeros(())
     W_enc_ND, b_enc_N, W_dec_ND = params["W_enc"][dead_N], params["b_enc"][dead_N], params["W_dec"][dead_N]
-    g_enc_ND, g_b_N, g_dec_ND = torch.zeros_like(W_enc_ND), torch.zeros_like(b_enc_N), torch.zeros_like(W_dec_ND)
     spread = (residual_BD - residual_BD.mean(0)).square_().sum().clamp_min(torch.finfo(residual_BD.dtype).tiny)
     sparse = kernels.companion() if kernels is not None and n_dead >= SPARSE_FROM * k_aux else None
     if sparse is not None:
@@ -59,6 +58,7 @@ def add_auxk(
         g_b_N = sparse.latent_sums(firing, delta_BK, residual_BD.new_ones(residual_BD.shape[0], 1)).squeeze(1)
         _add(grads, dead_N, g_enc_ND, g_dec_ND, g_b_N)
         return alpha * error / spread
+    g_enc_ND, g_b_N, g_dec_ND = torch.zeros_like(W_enc_ND), torch.zeros_like(b_enc_N), torch.zeros_like(W_dec_ND)
     error = residual_BD.new_zeros(())
     chunk = max(64, CHUNK_BYTES // (4 * n_dead))
     for start in range(0, residual_BD.shape[0], chunk):

@@ -206,7 +206,8 @@ def bound_latents(start, stop, offset_F, row_N, place_N, weight_N, norm_B, slot_
     for f in range(start, stop):
         total = 0.0
         for q in range(offset_F[f], offset_F[f + 1]):
-            total += abs(weight_N[place_N[q]]) * norm_B[row_N[q]]
+            weight = weight_N[place_N[q]]
+            total += (weight if weight > 0 else -weight) * norm_B[row_N[q]]
         if slot_F[f] >= 0:
             total += extra_norm_E[slot_F[f]]
         square += total * total
