@@ -1,10 +1,11 @@
 """Rows, weights and k in; the float32 selection, reconstructions and gradients out, several times faster than plain torch on a CPU.
 
-Selection. A cheap product ranks the latents (rank.py); the k + r best are recomputed in float32, and the k largest of those are the row's.
-A latent that is not among the candidates has a score below their threshold t. It could belong to the top k only if its score were wrong by
-more than v_k − t, where v_k is the k-th exact value. The errors of the candidates' own scores are known: while v_k − t is under `GUARD` times
-their root mean square, the row's candidates are doubled. So r sets the work, not the result; and every `AUDIT_EVERY` selections some rows are
-compared with float64, a miss doubles r, and beyond `R_MAX` the next more precise product takes over.
+Selection. A cheap product ranks the latents (rank.py); k + r candidates are at hand, of which the k best by score are computed in float32
+first, then all whose score is above v_k − `GUARD` ρ, where v_k is the k-th exact value and ρ the root mean square of the errors of the scores
+computed so far. Only a latent whose score is wrong by more than that could be missed. Where k + r candidates do not reach so far down, the
+row's candidates are doubled; where that happens to many rows, r is doubled for the batches to come. So r sets the work, not the result; and
+every `AUDIT_EVERY` selections some rows are compared with float64, a miss doubles r, and beyond `R_MAX` the next more precise product takes
+over. Selected latents come in ascending order and every value is computed in the same way, so what follows does not depend on the scores.
 
 Gradients. A weight's gradient is never held whole: `latent_sums` returns `RowSums`, and `update` forms a latent's row from its pairs, projects
 it, and takes the Adam step while the row is in cache.

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 KINDS = ("float32", "bfloat16", "int8")
 """The numbers that `cpu_loops` knows them by are their places here."""
-CHUNK_BYTES = 64 << 20  # scores of one chunk, one for each thread
+CHUNK_BYTES = 64 << 20  # scores of one chunk, one for each thread: a product packs all weights anew, so it should have many rows
 ROWS_A_PIECE = 64
 LATENTS_A_PIECE = 512
 
