@@ -198,7 +198,11 @@ def _kth_largest(value_C, by_size, done, k, order_C):
     for c in range(done):
         b = bits_C[c] & np.int32(0x7FFFFFFF) if by_size else bits_C[c]
         order_C[c] = _flipped(b)
-    return _threshold(order_C, done, min(k, done), 0)
+    t = _threshold(order_C, done, min(k, done), 0)
+    last = np.int32(2147483647)
+    for c in range(done):  # `t` lies between it and the next smaller one
+        last = order_C[c] if t <= order_C[c] < last else last
+    return last
 
 
 @jit
