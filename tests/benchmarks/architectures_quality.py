@@ -304,12 +304,13 @@ class Bench:
             peers = [run | {"score": score(run, K)} for run in peers]
             near = [run for run in peers if 0.8 < run["l0"] / K < 1.25]
             best = min(near, key=lambda run: run["score"], default=None)
+            target, ours, beside = best["l0"] if best else K, None, []
             try:
-                ours = self.ours(architecture, best["l0"] if best else K, start, fixed, rows.folder)
+                ours = self.ours(architecture, target, start, fixed, rows.folder)
                 lr = lr_of(architecture, ours["with"], rows, arguments.batch)
-                beside = [self.ours(architecture, best["l0"] if best else K, start, fixed, rows.folder, lr=lr * x) for x in (0.5, 2.0)]
+                beside += [self.ours(architecture, target, start, fixed, rows.folder, lr=lr * factor) for factor in (0.5, 2.0)]
             except Unknown:
-                ours, beside = None, []
+                pass
             mine = [run | {"score": score(run, K)} for run in ([ours] if ours else []) + beside]
             lines += [row(run, mine[0] if mine else None) for run in mine + peers]
             if ours and best:
