@@ -113,6 +113,17 @@ def test_rows_whose_scores_are_too_coarse_get_more_candidates():
     assert kernels.exact_a_row > 60
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_rows_that_are_not_finite_come_to_an_end_beside_others(kind, value):
+    x, W, b = problem(8, 32, 4096)
+    x[3, 5], x[5] = value, value
+    values, indices = CpuKernels(kind).encode_select(x, W, b, 4)
+    sound = [0, 1, 2, 4, 6, 7]
+    assert unsupported(x[sound], W, b, values[sound], indices[sound], 4) == 0
+    assert not values[3].isfinite().all()
+
+
 def test_a_miss_is_found_doubles_r_then_changes_the_product_and_is_said(monkeypatch):
     monkeypatch.setattr(cpu, "AUDIT_EVERY", 1)
     monkeypatch.setattr(cpu, "GUARD", -math.inf)  # no second look

@@ -96,7 +96,7 @@ def _reaching(kind, mask, scores32_F, scores16_F, scale_F, row_scale, b_enc_F, f
         else:
             score = _float(scores32_F[f]) + b_enc_F[f]
         score = _float(_bits(score) & mask)
-        if score >= bound:
+        if not score < bound:  # what is not a number is seen
             found_C[m], score_C[m] = f, score
             m += 1
     return m
@@ -178,7 +178,7 @@ def _computed(x_D, W_enc_FD, b_enc_F, by_size, level, done, m, found_C, score_C,
     computed now, and `square` plus the squares of (value − score)."""
     first = done
     for c in range(first, m):
-        if score_C[c] >= level:
+        if not score_C[c] < level:
             found_C[c], found_C[done] = found_C[done], found_C[c]
             score_C[c], score_C[done] = score_C[done], score_C[c]
             done += 1
@@ -252,7 +252,7 @@ def _select(
                 break
             level = max(wanted, t)
         total += done
-        if enough or m >= n:
+        if enough or m >= n or need >= n:
             break
         need = min(n, 2 * need)
         again += 1
