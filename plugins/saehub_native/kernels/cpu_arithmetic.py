@@ -12,6 +12,7 @@ jit = compiled.compiler(compiled.__file__, *(str(Path(__file__).with_name(f"cpu_
 prefetch = compiled.prefetcher()
 
 LINE = 16  # float32 numbers of a cache line
+GAPS = (1750, 701, 301, 132, 57, 23, 10, 4, 1)  # Ciura 2001, and one more
 
 
 @jit
@@ -80,3 +81,15 @@ def weighted_sum(weight_C, W_FD, index_C, count, total_D, far):
         c += 1
 
 
+
+
+@jit
+def ascending(key_C, other_C, count):
+    """Sort the first `count` of both by key_C (all different), in place: Shell's sort, whose code numba compiles in a tenth of the time of np.argsort's."""
+    for gap in GAPS:
+        for c in range(gap, count):
+            key, other, j = key_C[c], other_C[c], c
+            while j >= gap and key_C[j - gap] > key:
+                key_C[j], other_C[j] = key_C[j - gap], other_C[j - gap]
+                j -= gap
+            key_C[j], other_C[j] = key, other

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from saehub_native.kernels.cpu_arithmetic import dot, dots, jit
+from saehub_native.kernels.cpu_arithmetic import ascending, dot, dots, jit
 
 FLOAT32, BFLOAT16, INT8 = 0, 1, 2
 LANES = 64
@@ -206,21 +206,6 @@ def _kth_largest(value_C, by_size, done, k, order_C):
 
 
 @jit
-def _ascending(found_C, value_C, count):
-    """Sort both by found_C."""
-    if count > 64:
-        order = np.argsort(found_C[:count])
-        found_C[:count], value_C[:count] = found_C[:count][order], value_C[:count][order]
-        return
-    for c in range(1, count):
-        f, value, j = found_C[c], value_C[c], c
-        while j > 0 and found_C[j - 1] > f:
-            found_C[j], value_C[j] = found_C[j - 1], value_C[j - 1]
-            j -= 1
-        found_C[j], value_C[j] = f, value
-
-
-@jit
 def _select(
     x_D, W_enc_FD, b_enc_F, kind, by_size, scores32_F, scores16_F, scale_F, row_scale, k, r, guard, maxima_G, found_C, score_C, value_C, order_C
 ):  # fmt: skip
@@ -257,7 +242,7 @@ def _select(
         need = min(n, 2 * need)
         again += 1
     # Winners to the front: all above the k-th, then those equal to it; latents ascend, so that nothing after this depends on the scores.
-    _ascending(found_C, value_C, done)
+    ascending(found_C, value_C, done)
     last = _kth_largest(value_C, by_size, done, k, order_C)
     ties, taken = min(k, done), 0
     for c in range(done):

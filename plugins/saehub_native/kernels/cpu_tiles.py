@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from saehub_native.kernels.cpu_arithmetic import dot, dots, jit, weighted_sum
+from saehub_native.kernels.cpu_arithmetic import ascending, dot, dots, jit, weighted_sum
 from saehub_native.kernels.cpu_select import _float, _flipped, _kth_largest, _open, _select
 
 TILE_BYTES = 576 << 10
@@ -115,10 +115,9 @@ def reconstruct_wide_rows(start, stop, target_BD, index_BK, value_BK, W_dec_FD, 
                     m += 1
                 delta_BK[b, j] = 0
             if not ordered:
-                order = np.argsort(index_RK[i, :m])
-                place_RK[i, :m] = place_RK[i, :m][order]
-                index_RK[i, :m] = index_RK[i, :m][order]
-                value_RK[i, :m] = value_RK[i, :m][order]
+                ascending(index_RK[i], place_RK[i], m)
+                for j in range(m):
+                    value_RK[i, j] = -value_BK[b, place_RK[i, j]]
             count_R[i], next_R[i] = m, 0
             for j in range(d):
                 residual_BD[b, j] = target_BD[b, j]
