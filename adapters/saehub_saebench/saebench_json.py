@@ -134,9 +134,22 @@ class SAEBenchJson:
             stem = "_".join(filter(None, ("+".join(subjects), dataset, "custom_sae_eval_results.json"))).replace("/", "_")
             target = Path(folder) / output.get("eval_type_id", name) / stem
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text(validated(name, output), encoding="utf-8")
+            text = validated(name, output)
+            if target.exists() and not _same_results(target, text):
+                raise FormatError(
+                    f"{target} holds other results", why="another SAE's or another evaluation's, under the same name", fix="write to another folder, or delete that file"
+                )
+            target.write_text(text, encoding="utf-8")
             files.append(str(target))
         return {"files": files, "left_out": left_out}
+
+
+def _same_results(path: Path, text: str) -> bool:
+    """Whether a file that is there holds the metrics of `text`."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["eval_result_metrics"] == json.loads(text)["eval_result_metrics"]
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def validated(evaluator: str, output: dict[str, Any]) -> str:

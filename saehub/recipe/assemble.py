@@ -163,6 +163,7 @@ def _merge_maps(base: Node, over: Node, path: str, problems: list[Problem]) -> N
 
 def _merge_entries(base: Node, over: Node, path: str, problems: list[Problem]) -> Node:
     entries = list(base.data)
+    added: list[Node] = []  # kept apart, so that two new entries of one id stay two, and are reported as such
     for new in over.data:
         name = item_id(new)
         names = [item_id(old) for old in entries]
@@ -176,9 +177,10 @@ def _merge_entries(base: Node, over: Node, path: str, problems: list[Problem]) -
             else:
                 del entries[index]
         elif index is None:
-            entries.append(new)
+            added.append(new)
         else:
             entries[index] = _merge_maps(entries[index], new, join(path, str(name)), problems)
+    entries += added
     return Node(entries, over.mark)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from saehub.api import Measurement
-from saehub.errors import UsageError
+from saehub.errors import FormatError, UsageError
 from saehub_saebench.rows import OUTPUT
 from saehub_saebench.saebench_json import CLASSES, EVALS, SAEBenchJson
 
@@ -112,6 +112,9 @@ def test_native_core_is_written_as_saebench_core_and_validates(tmp_path):
     assert read.eval_result_metrics.shrinkage.l2_ratio == -1  # SAEBench's own word for what was not measured
     assert "l2_ratio" in read.eval_result_unstructured["saehub"]["not_measured"]
     assert read.sae_lens_release_id == "mine" and len(told["left_out"]) == 1
+    assert SAEBenchJson().write(rows, tmp_path)["files"] == told["files"], "the same results may be written again"
+    with pytest.raises(FormatError, match="holds other results"):
+        SAEBenchJson().write([replace(rows[0], value=0.2), *rows[1:]], tmp_path)
 
 
 def test_every_result_class_is_saebench_s():
@@ -125,8 +128,6 @@ def test_every_result_class_is_saebench_s():
 
 
 def test_what_saebench_refuses_is_an_error_in_its_words(tmp_path):
-    from saehub.errors import FormatError
-
     broken = replace(measured("l0", 1.0), parts={OUTPUT: {"eval_type_id": "core", "eval_result_metrics": {}}})
     with pytest.raises(FormatError, match="CoreEvalOutput does not accept") as error:
         SAEBenchJson().write([broken], tmp_path)

@@ -134,6 +134,7 @@ def test_a_recipe_may_carry_the_name_of_the_built_in_one_that_it_extends(tmp_pat
         ("train: [{id: tow, remove: true}]\n", "child.yaml", 4, "no entry 'tow'; did you mean 'two'?"),
         ("data: {eval: {othr: {remove: true}}}\n", "child.yaml", 4, "nothing to remove; did you mean 'other'?"),
         ("train: [{id: two, with: {k: no}}]\n", "child.yaml", 4, "should be a whole number, got 'no'"),
+        ("train: [{id: five, uses: native/topk, with: {k: 1}}, {id: five, uses: native/topk, with: {k: 2}}]\n", "child.yaml", 4, "'five' stands here a second time"),
         ("train: [{id: four, with: {k: 1}}]\n", "child.yaml", 4, "missing key 'uses'"),
         ("extract: {sites: [resid_post.0]}\ntrain: [{id: two, site: resid_post.1}]\n", "child.yaml", 5, "not among extract.sites"),
     ],
