@@ -325,7 +325,7 @@ def test_real_rows_are_the_models_own(toy, house, source, tmp_path):
 
     net, read = Double(), []
 
-    def tokenizer(text, add_special_tokens):
+    def tokenizer(text, add_special_tokens, verbose):
         read.append([ord(letter) % 128 for letter in text])
         return {"input_ids": read[-1]}
 
