@@ -259,10 +259,10 @@ def _check_finite(kept_ND: Tensor, raw_ND: Tensor, source_N: Tensor, site: str, 
     raise StageFailed(
         f"{bad} of {kept_ND.shape[0]} activation rows at {site} are NaN or infinite (language-model batch {batch})",
         where="extract",
-        why=f"finite in the model, they overflow the stream's {dtype}" if overflow else "the model itself computes them so",
+        why=f"finite in the model, they overflow the stream's {dtype}" if overflow else "they come so from the model (or from the files, with native/files)",
         fix="set extract.dtype to bfloat16 or float32"
         if overflow
-        else "set model.dtype to bfloat16 or float32, and check the model's weights",
+        else "set model.dtype to bfloat16 or float32, and check the model's weights (with native/files: the files)",
     )
 
 
