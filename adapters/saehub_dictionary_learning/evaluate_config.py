@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from saehub.api import PlannedSAE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,3 +29,9 @@ class EvaluateConfig:
             value = getattr(self, name)
             if value is not None and value < (2 if name == "batch" else 1):
                 raise ValueError(f"{name} is {value}; give a whole number from {2 if name == 'batch' else 1}")
+
+    def refusal(self, sae: PlannedSAE) -> str | None:
+        """Why an SAE will not be measured, or None; said at plan, and again in the results."""
+        if sae.kind not in (None, "autoencoder") or sae.target_site not in (None, sae.site):
+            return f"the library compares x̂ with the x that was read; this is a {sae.kind or 'transcoder'}"
+        return None

@@ -27,6 +27,7 @@ saes:
 evaluate:
   - {{uses: saelens/evals}}
   - {{uses: saebench/core}}
+  - {{uses: dictionary_learning/evaluate}}
   - {{uses: native/core}}
 """
 
@@ -39,8 +40,9 @@ def test_a_plan_says_what_will_not_be_measured(tmp_path):
     assert not [problem for problem in problems if problem.severity == "error"]
     plan = make_plan(recipe, catalog(), base=tmp_path / "home")
     said = [text for text in plan.warnings if "will not measure" in text]
-    assert len(said) == 3 and said[0].startswith("saelens/evals will not measure across, loaded: SAELens' evals compare")
-    assert [text.partition(":")[0] for text in said[1:]] == ["saebench/core will not measure across", "saebench/core will not measure loaded"]
+    assert len(said) == 5 and said[0].startswith("saelens/evals will not measure across, loaded: SAELens' evals compare")
+    per_sae = [f"{address} will not measure {name}" for address in ("saebench/core", "dictionary_learning/evaluate") for name in ("across", "loaded")]
+    assert [text.partition(":")[0] for text in said[1:]] == per_sae
     assert any(stage.id == "evaluate/saelens/evals/across" for stage in plan.of("evaluate"))  # the results say so too
 
 
