@@ -23,7 +23,6 @@ class Absorption(BenchEvaluator):
     under the model's bare name), and seeded from here: SAEBench ignores its own `random_seed`."""
 
     name = "absorption"
-    admits = {"only": "resid_post"}
     remembers = True
 
     def __init__(self, config: AbsorptionConfig | None = None):

@@ -2,41 +2,31 @@
 
 from __future__ import annotations
 
-from saehub.api import EvalContext, Subject
+from saehub.api import EvalContext, PlannedSAE, Subject
 from saehub.errors import UsageError
+from saehub_saebench.config import NO_HOOK, Autoencoders
 
 
-def refusal(subject: Subject, context: EvalContext, *, row_wise: bool = True, heads: bool = False, only: str | None = None) -> str | None:
-    """Why this SAE is not measured.
-
-    Args:
-        row_wise: whether the eval encodes single rows, so that an SAE that needs whole sequences cannot take part.
-        heads: whether the eval knows sites whose rows are attention heads side by side.
-        only: the one kind of site (such as `resid_post`) that the eval reads, whatever it is told.
-    """
+def refusal(subject: Subject, context: EvalContext, admits: Autoencoders) -> str | None:
+    """Why this SAE is not measured: what `admits`, the eval's settings, said at plan, and what takes the model to know."""
     from saehub.sites import Site
 
     config = subject.sae.config
-    if config.kind != "autoencoder" or subject.target_site not in (None, subject.site):
-        return f"SAEBench puts the reconstruction back where it read: a {config.kind} predicts another site"
-    if row_wise and not subject.sae.row_wise:
-        return f"SAEBench encodes single rows here; {config.architecture} needs whole sequences"
+    elsewhere = subject.target_site if subject.target_site != subject.site else None
+    if reason := admits.refusal(PlannedSAE(subject.id, config.architecture, config.kind, target_site=elsewhere, row_wise=subject.sae.row_wise)):
+        return reason
     if context.model is None:
         return None
-    site = Site.parse(subject.site)
+    site = Site.from_foreign(subject.site, context.model.shape)
     try:
         width, name = site.width(context.model.shape), site.names(context.model.shape)["transformer_lens"]
     except UsageError as error:
         return error.what
-    if name is None or site.layer is None:
-        return f"{subject.site} has no TransformerLens hook in a layer, and SAEBench knows no other address"
+    if name is None:
+        return NO_HOOK.format(site=subject.site)
     if width != config.d_in:
         return f"the SAE reads {config.d_in} numbers a row, {subject.site} of {context.model.spec.name} has {width}"
-    if site.kind == "attn_z" and not heads:
-        return "SAEBench reads hook_z here as heads × width, not as rows"
-    if only is not None and site.kind != only:
-        return f"SAEBench reads {only} of the layer here whatever site the SAE is of; {subject.site} would be measured on the wrong tensor"
-    return None
+    return admits.site_refusal(str(site))
 
 
 def bridge_of(context: EvalContext):

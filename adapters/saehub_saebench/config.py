@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 if TYPE_CHECKING:
     from saehub.api import PlannedSAE
@@ -27,19 +27,52 @@ def _check_positive(config: object, *names: str) -> None:
             raise ValueError(f"{name} is {value}; whole numbers from 1 are needed")
 
 
-class _Autoencoders:
-    """What every eval of SAEBench takes."""
+NO_HOOK = "{site} has no TransformerLens hook in a layer, and SAEBench knows no other address"
+
+
+class Autoencoders:
+    """What an eval of SAEBench takes: asked at plan, and again when the SAE is there (`admission.refusal`)."""
+
+    row_wise: ClassVar[bool] = True
+    """Whether it encodes single rows, so that an SAE that needs whole sequences cannot take part."""
+    heads: ClassVar[bool] = False
+    """Whether it knows sites whose rows are attention heads side by side."""
+    only: ClassVar[str | None] = None
+    """The one kind of site (such as `resid_post`) that it reads, whatever it is told."""
 
     def refusal(self, sae: PlannedSAE) -> str | None:
-        """Why a plan's SAE will not be measured, or None: what `admission.refusal` says again once it is there."""
+        """Why an SAE will not be measured, or None."""
         if sae.kind not in (None, "autoencoder") or sae.target_site not in (None, sae.site):
-            return f"SAEBench puts the reconstruction back where it read: a {sae.kind or 'transcoder'} predicts another site"
+            word = "skip_transcoder" if sae.kind == "skip_transcoder" else "transcoder"
+            return f"SAEBench puts the reconstruction back where it read: a {word} predicts another site"
+        if self.row_wise and not sae.row_wise:
+            return f"SAEBench encodes single rows here; {sae.architecture} needs whole sequences"
+        return None if sae.site is None else self.site_refusal(sae.site)
+
+    def site_refusal(self, site: str) -> str | None:
+        """Why a site, in its canonical form, cannot be measured, or None."""
+        from saehub.errors import UsageError
+        from saehub.sites import Site
+
+        try:
+            parsed = Site.parse(site)
+        except UsageError:
+            return None  # a name of the user's own files, which only a run can judge
+        if parsed.kind is None or parsed.layer is None:
+            return NO_HOOK.format(site=site)
+        if parsed.kind == "attn_z" and not self.heads:
+            return "SAEBench reads hook_z here as heads × width, not as rows"
+        if self.only is not None and parsed.kind != self.only:
+            return f"SAEBench reads {self.only} of the layer here whatever site the SAE is of; {site} would be measured on the wrong tensor"
         return None
 
 
 @dataclass(frozen=True)
-class CoreConfig(_Autoencoders):
+class CoreConfig(Autoencoders):
     """Settings of `saebench/core`: the paper's are 200 and 2000 batches of 16 × 128 tokens of openwebtext."""
+
+    row_wise: ClassVar[bool] = False
+    heads: ClassVar[bool] = True
 
     n_eval_reconstruction_batches: int | None = None
     """Batches for cross-entropy and KL under each seed; None: all whole batches there are."""
@@ -65,8 +98,10 @@ class CoreConfig(_Autoencoders):
 
 
 @dataclass(frozen=True)
-class MetaStructureConfig(_Autoencoders):
+class MetaStructureConfig(Autoencoders):
     """Settings of `saebench/meta_structure`."""
+
+    row_wise: ClassVar[bool] = False
 
     width_ratio: float = 0.25
     """Latents of the meta-SAE, as a share of the SAE's."""
@@ -98,7 +133,7 @@ SMALL_PROBES = ("117_us_state_FL", "118_us_state_CA", "119_us_state_TX")
 
 
 @dataclass(frozen=True)
-class SaeProbesConfig(_Autoencoders):
+class SaeProbesConfig(Autoencoders):
     """Settings of `saebench/sae_probes`."""
 
     dataset_names: tuple[str, ...] = SMALL_PROBES
@@ -168,7 +203,7 @@ def _check_among(name: str, values: tuple[int, ...], allowed: tuple[int, ...]) -
 
 
 @dataclass(frozen=True)
-class SparseProbingConfig(_Autoencoders):
+class SparseProbingConfig(Autoencoders):
     """Settings of `saebench/sparse_probing`: the defaults are the paper's."""
 
     dataset_names: tuple[str, ...] = PROBING
@@ -222,7 +257,7 @@ class SparseProbingConfig(_Autoencoders):
 
 
 @dataclass(frozen=True)
-class _PerturbationConfig(_Autoencoders):
+class _PerturbationConfig(Autoencoders):
     """What SCR and TPP share; the defaults are the paper's."""
 
     dataset_names: tuple[str, ...] = (BIOS, AMAZON)
@@ -302,8 +337,10 @@ class TppConfig(_PerturbationConfig):
 
 
 @dataclass(frozen=True)
-class AbsorptionConfig(_Autoencoders):
+class AbsorptionConfig(Autoencoders):
     """Settings of `saebench/absorption`; the defaults are SAEBench's. Models of at least 2 billion parameters are recommended."""
+
+    only: ClassVar[str | None] = "resid_post"
 
     f1_jump_threshold: float = 0.03
     """A further latent counts as a split of the letter where it adds so much F1."""
@@ -347,7 +384,7 @@ class AbsorptionConfig(_Autoencoders):
 
 
 @dataclass(frozen=True)
-class AutointerpConfig(_Autoencoders):
+class AutointerpConfig(Autoencoders):
     """Settings of `saebench/autointerp`; the paper's, but for the text, which is the recipe's (there: 2 million tokens of the Pile)."""
 
     n_latents: int = 1000
@@ -395,8 +432,10 @@ RAVEL_PROMPTS = "adamkarvonen/ravel_prompts"
 
 
 @dataclass(frozen=True)
-class RavelConfig(_Autoencoders):
+class RavelConfig(Autoencoders):
     """Settings of `saebench/ravel`; the defaults are the paper's."""
+
+    only: ClassVar[str | None] = "resid_post"
 
     entity_attribute_selection: dict[str, tuple[str, ...]] = field(
         default_factory=lambda: {
@@ -454,7 +493,7 @@ TARGET = "wmdp-bio"
 
 
 @dataclass(frozen=True)
-class UnlearningConfig(_Autoencoders):
+class UnlearningConfig(Autoencoders):
     """Settings of `saebench/unlearning`; the defaults are SAEBench's, chosen for Gemma-2-2B-it. It needs an instruct model that knows the answers."""
 
     dataset_names: tuple[str, ...] = (TARGET, "high_school_us_history", "college_computer_science", "high_school_geography", "human_aging")

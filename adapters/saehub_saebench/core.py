@@ -94,7 +94,6 @@ class Core(BenchEvaluator):
     """`saebench/core`."""
 
     name = "core"
-    admits = {"row_wise": False, "heads": True}
 
     def __init__(self, config: CoreConfig | None = None, share: bool = True):
         super().__init__(config or CoreConfig())
@@ -106,7 +105,7 @@ class Core(BenchEvaluator):
 
     def evaluate(self, context: EvalContext) -> list[Measurement]:
         """All measurements, a row a metric and dataset."""
-        reasons = {subject.id: refusal(subject, context, **self.admits) for subject in context.subjects}
+        reasons = {subject.id: refusal(subject, context, self.config) for subject in context.subjects}
         taken = [subject for subject in context.subjects if reasons[subject.id] is None]
         batches = {name: self._batches(dataset) for name, dataset in context.datasets.items()} if taken else {}
         found: dict[tuple[str, str], dict[int, Scores | Exception]] = {}

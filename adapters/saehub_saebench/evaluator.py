@@ -28,8 +28,6 @@ class BenchEvaluator:
 
     name = ""
     """The component's name."""
-    admits: Mapping[str, Any] = {}
-    """Keywords of `admission.refusal`."""
     needs_model = True
     remembers = False
     """Whether `score` reads activations alone, which are then the same for every SAE."""
@@ -63,7 +61,7 @@ class BenchEvaluator:
 
     def evaluate(self, context: EvalContext) -> list[Measurement]:
         """All measurements. SAEs, model, grad mode, random states and environment are as before when this returns."""
-        reasons = {subject.id: refusal(subject, context, **self.admits) for subject in context.subjects}
+        reasons = {subject.id: refusal(subject, context, self.config) for subject in context.subjects}
         taken = [subject for subject in context.subjects if reasons[subject.id] is None]
         scores: dict[str, dict[int, dict[Key, Scores]]] = {subject.id: {} for subject in taken}
         notes: dict[str, str | None] = {}

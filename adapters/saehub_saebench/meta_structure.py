@@ -19,7 +19,6 @@ class MetaStructure(BenchEvaluator):
     """`saebench/meta_structure`. SAEBench seeds it only on its command line; here every run is seeded."""
 
     name = "meta_structure"
-    admits = {"row_wise": False}
     needs_model = False
 
     def __init__(self, config: MetaStructureConfig | None = None):

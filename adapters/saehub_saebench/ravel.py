@@ -32,7 +32,6 @@ class Ravel(BenchEvaluator):
     of the model, on the same weights, are wrapped for it."""
 
     name = "ravel"
-    admits = {"only": "resid_post"}
 
     def __init__(self, config: RavelConfig | None = None):
         super().__init__(config or RavelConfig())

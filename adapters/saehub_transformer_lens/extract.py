@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,8 @@ import torch
 
 from saehub.api import Rows
 from saehub.capabilities import Library
-from saehub.errors import StageFailed, UsageError
+from saehub.data.model import model_dir_or_id, torch_dtype
+from saehub.errors import MissingDependency, StageFailed, UsageError
 from saehub_transformer_lens.config import BridgeConfig, hook_name, layer
 
 if TYPE_CHECKING:
@@ -31,6 +33,19 @@ class BridgeExtractor:
     def __init__(self, config: BridgeConfig | None = None):
         self.config = config or BridgeConfig()
 
+    @staticmethod
+    def view(model: ModelHandle) -> Any:
+        """A TransformerBridge over the parameters of `model` (`ModelHandle.view`); MissingDependency where the library has none."""
+        # The bridge rewires the module it is given, so it gets a copy of the structure whose parameters and buffers are the same tensors.
+        shared = {id(tensor): tensor for group in (model.hf.parameters(), model.hf.buffers()) for tensor in group}
+        return LIBRARY.take(BRIDGE, attributes=("boot_transformers", "run_with_cache")).boot_transformers(
+            str(model_dir_or_id(model.spec)),
+            hf_model=copy.deepcopy(model.hf, dict(shared)),
+            tokenizer=model.tokenizer,
+            device=model.device,
+            dtype=torch_dtype(model.spec.dtype),
+        )
+
     def open(self, model: ModelHandle | None, tokens: TokenDataset | None, sites: Sequence[str], *, lm_batch: int) -> BridgeSession:
         """Check the sites and the context, and build the bridge. UsageError names what TransformerLens lacks."""
         if model is None or tokens is None:
@@ -47,11 +62,12 @@ class BridgeExtractor:
         for site in sites:
             if reason := self.config.refusal(site, model.shape):
                 raise UsageError(reason, where="extract.sites", fix="another site, or extract: {uses: native/hf}")
-        LIBRARY.take(BRIDGE, attributes=("boot_transformers", "run_with_cache"))
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 bridge = model.bridge()
+        except MissingDependency:
+            raise
         except Exception as error:  # TransformerLens raises what it likes for a model that it has no adapter for
             raise StageFailed(
                 f"TransformerLens cannot bridge {model.spec.name}",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saehub.api import ModelShape, ModelSpec
-from saehub.errors import FormatError, MissingDependency, StageFailed, UsageError
+from saehub.errors import FormatError, StageFailed, UsageError
 from saehub.jsonio import hash_json, read_json, sha256_file
 
 if TYPE_CHECKING:
@@ -284,7 +284,7 @@ class ModelHandle:
     shape: ModelShape
     spec: ModelSpec
     fingerprint: str
-    _bridge: Any = field(default=None, repr=False)
+    _views: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
     def load(cls, spec: ModelSpec, *, tokenizer: bool = True) -> ModelHandle:
@@ -322,28 +322,23 @@ class ModelHandle:
         words = load_tokenizer(spec) if tokenizer else None
         return cls(hf, words, device, shape_of(config, spec.name), spec, fingerprint(spec))
 
-    def bridge(self) -> Any:
-        """A transformer_lens TransformerBridge over the same parameters (unprocessed, not copied); `hf` itself stays as it is."""
-        if self._bridge is None:
-            try:
-                from transformer_lens.model_bridge import TransformerBridge
-            except ImportError as error:
-                raise MissingDependency(
-                    "transformer_lens is not installed", fix="pip install 'transformer-lens>=3'", said=str(error)
-                ) from error
-            import copy
+    def view(self, address: str) -> Any:
+        """The model as another library's object over the same parameters: what `view(handle)` of the extractor `address` makes of it, made once.
 
-            # The bridge rewires the module it is given, so it gets a copy of the structure whose parameters and buffers are the same tensors.
-            shared = {id(tensor): tensor for group in (self.hf.parameters(), self.hf.buffers()) for tensor in group}
-            twin = copy.deepcopy(self.hf, dict(shared))
-            self._bridge = TransformerBridge.boot_transformers(
-                str(model_dir_or_id(self.spec)),
-                hf_model=twin,
-                tokenizer=self.tokenizer,
-                device=self.device,
-                dtype=torch_dtype(self.spec.dtype),
-            )
-        return self._bridge
+        UsageError: no such extractor, or one that has no view.
+        """
+        if address not in self._views:
+            from saehub.plugins import catalog
+
+            extractor = catalog().find("extractor", address).load()
+            if not hasattr(extractor, "view"):
+                raise UsageError(f"{address} reads the model as it is and has no object of its own around it", fix="use the handle's `hf`")
+            self._views[address] = extractor.view(self)
+        return self._views[address]
+
+    def bridge(self) -> Any:
+        """A TransformerLens TransformerBridge over the same parameters (unprocessed, not copied); `hf` itself stays as it is."""
+        return self.view("transformer_lens/bridge")
 
 
 def auto_class(config: dict) -> str:

@@ -33,7 +33,6 @@ WRAPPED = {
     "saehub_transformer_lens": {"transformer_lens"},
 }
 EVERY_WRAPPED = set().union(*WRAPPED.values())
-BRIDGE = CORE / "data" / "model.py"  # ModelHandle.bridge() hands evaluators a TransformerBridge, imported when it is called
 
 TOP_LEVEL = {"pyproject.toml", "README.md", "LICENSE", "uv.lock", "saehub", "adapters", "plugins", "recipes", "tests"}
 
@@ -152,7 +151,7 @@ def test_the_core_names_no_plugin_and_no_wrapped_library():
         for path in SOURCES
         if CORE in path.parents
         for module, node in imports(path)
-        if top(module) in forbidden and not (path == BRIDGE and top(module) == "transformer_lens")
+        if top(module) in forbidden
     ]
     assert not found, "\n".join(found)
 

@@ -190,7 +190,9 @@ def test_the_bridge_shares_the_weights_and_leaves_the_model_alone():
     ids = torch.arange(5, 45).reshape(2, 20)
     before = handle.hf(ids).logits
     bridge = handle.bridge()
-    assert handle.bridge() is bridge
+    assert handle.bridge() is bridge and handle.view("transformer_lens/bridge") is bridge
+    with pytest.raises(UsageError, match="native/hf reads the model as it is"):
+        handle.view("native/hf")
     assert [name for name, _ in handle.hf.named_modules()] == names and torch.equal(handle.hf(ids).logits, before)
     ours = {parameter.data_ptr() for parameter in handle.hf.parameters()}
     own = [parameter for parameter in bridge.parameters() if parameter.data_ptr() not in ours]

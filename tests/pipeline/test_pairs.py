@@ -18,10 +18,11 @@ model: {{name: {folder}/model, device: cpu}}
 data:
   train: {{source: builtin/python-docs, tokens: 1_000, context: 32}}
   eval: {{in_sample: {{source: builtin/python-docs, tokens: 500}}}}
-extract: {{sites: [mlp_in.0, mlp_out.0]}}
+extract: {{sites: [mlp_in.0, mlp_out.0, "model.layers.0.self_attn.q_proj:out"]}}
 train:
   - {{id: same, uses: native/topk, site: mlp_out.0, with: {{k: 4, width: 64, batch: 100}}}}
   - {{id: across, uses: native/topk, site: mlp_in.0, target_site: mlp_out.0, with: {{k: 4, width: 64, batch: 100}}}}
+  - {{id: inside, uses: native/topk, site: "model.layers.0.self_attn.q_proj:out", with: {{k: 4, width: 64, batch: 100}}}}
 saes:
   - {{id: loaded, load: "{folder}/skip"}}
 evaluate:
@@ -40,10 +41,34 @@ def test_a_plan_says_what_will_not_be_measured(tmp_path):
     assert not [problem for problem in problems if problem.severity == "error"]
     plan = make_plan(recipe, catalog(), base=tmp_path / "home")
     said = [text for text in plan.warnings if "will not measure" in text]
-    assert len(said) == 5 and said[0].startswith("saelens/evals will not measure across, loaded: SAELens' evals compare")
-    per_sae = [f"{address} will not measure {name}" for address in ("saebench/core", "dictionary_learning/evaluate") for name in ("across", "loaded")]
-    assert [text.partition(":")[0] for text in said[1:]] == per_sae
+    assert said[0].startswith("saelens/evals will not measure across, loaded: SAELens' evals compare")
+    assert [text.partition(":")[0] for text in said[1:]] == [
+        "saelens/evals will not measure inside",
+        "saebench/core will not measure across",
+        "saebench/core will not measure inside",
+        "saebench/core will not measure loaded",
+        "dictionary_learning/evaluate will not measure across",
+        "dictionary_learning/evaluate will not measure loaded",
+    ]
+    assert "saebench/core will not measure inside: model.layers.0.self_attn.q_proj:out has no TransformerLens hook" in said[3]
     assert any(stage.id == "evaluate/saelens/evals/across" for stage in plan.of("evaluate"))  # the results say so too
+
+
+@pytest.mark.quick
+def test_a_saebench_eval_names_the_sites_that_it_cannot_read():
+    from saehub.api import PlannedSAE
+    from saehub_saebench import config
+
+    def refused(settings, **known):
+        return settings.refusal(PlannedSAE("a", **known)) or ""
+
+    assert "wrong tensor" in refused(config.AbsorptionConfig(), site="mlp_out.1")
+    assert refused(config.AbsorptionConfig(), site="resid_post.1") == "" == refused(config.CoreConfig(), site="attn_z.1")
+    assert "heads × width" in refused(config.SaeProbesConfig(), site="attn_z.1")
+    assert "no TransformerLens hook" in refused(config.CoreConfig(), site="embed")
+    assert "needs whole sequences" in refused(config.SaeProbesConfig(), architecture="temporal", row_wise=False)
+    assert refused(config.CoreConfig(), architecture="temporal", row_wise=False) == ""
+    assert refused(config.CoreConfig(), site="my file") == "", "only a run can judge a name of the user's own files"
 
 
 def test_an_sae_whose_encoder_is_its_decoder(tmp_path):

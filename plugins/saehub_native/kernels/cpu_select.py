@@ -206,6 +206,26 @@ def _kth_largest(value_C, by_size, done, k, order_C):
 
 
 @jit
+def _keep_best(order_C, last, k, found_C, value_C, count, kept_C, kept_value_C):
+    """The k of `count` whose order is above `last`, the k-th largest, then those equal to it, in the order they stand in; none of order 0. Returns how many.
+
+    kept_C and kept_value_C may be found_C and value_C.
+    """
+    ties, taken = k, 0
+    for c in range(count):
+        ties -= 1 if order_C[c] > last else 0
+    for c in range(count):
+        keep = order_C[c] > last
+        if order_C[c] == last and ties > 0:
+            ties -= 1
+            keep = True
+        if keep and order_C[c] > 0:
+            kept_C[taken], kept_value_C[taken] = found_C[c], value_C[c]
+            taken += 1
+    return taken
+
+
+@jit
 def _select(
     x_D, W_enc_FD, b_enc_F, kind, by_size, scores32_F, scores16_F, scale_F, row_scale, k, r, guard, maxima_G, found_C, score_C, value_C, order_C
 ):  # fmt: skip
@@ -244,18 +264,7 @@ def _select(
     # Winners to the front: all above the k-th, then those equal to it; latents ascend, so that nothing after this depends on the scores.
     ascending(found_C, value_C, done)
     last = _kth_largest(value_C, by_size, done, k, order_C)
-    ties, taken = min(k, done), 0
-    for c in range(done):
-        ties -= 1 if order_C[c] > last else 0
-    for c in range(done):
-        keep = order_C[c] > last
-        if order_C[c] == last and ties > 0:
-            ties -= 1
-            keep = True
-        if keep and order_C[c] > 0:
-            found_C[taken], value_C[taken] = found_C[c], value_C[c]
-            taken += 1
-    return taken, total, again
+    return _keep_best(order_C, last, min(k, done), found_C, value_C, done, found_C, value_C), total, again
 
 
 @jit

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from saehub_native.kernels.cpu_arithmetic import ascending, dot, dots, jit, weighted_sum
-from saehub_native.kernels.cpu_select import _float, _flipped, _kth_largest, _open, _select
+from saehub_native.kernels.cpu_select import _float, _flipped, _keep_best, _kth_largest, _open, _select
 
 TILE_BYTES = 576 << 10
 """Weights of one tile."""
@@ -79,18 +79,7 @@ def select_wide_rows(
                     index_BK[b, j], value_BK[b, j] = found_C[j], value_C[j]
                 m, again = m + total, again + 1
             else:
-                ties = min(k, m)
-                for c in range(m):
-                    if order_C[c] > last:
-                        ties -= 1
-                for c in range(m):
-                    keep = order_C[c] > last
-                    if order_C[c] == last and ties > 0:
-                        ties -= 1
-                        keep = True
-                    if keep and order_C[c] > 0:
-                        index_BK[b, taken], value_BK[b, taken] = found_RM[i, c], value_RM[i, c]
-                        taken += 1
+                taken = _keep_best(order_C, last, min(k, m), found_RM[i], value_RM[i], m, index_BK[b], value_BK[b])
             for j in range(taken, k):
                 index_BK[b, j], value_BK[b, j] = 0, 0
             exact_B[b], again_B[b] = m, again

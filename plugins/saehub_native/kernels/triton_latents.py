@@ -46,9 +46,10 @@ def reconstruct(
 
 
 @triton.jit
-def totals(offsets_ptr, counts_ptr, rows_ptr, order_ptr, weights_ptr, source_ptr, out_ptr, BLOCK: tl.constexpr):
-    """float32 [n]: Σ of weights[order] · source[rows] over each latent's pairs."""
-    latent = tl.program_id(0).to(tl.int64)
+def _over_pairs(
+    offsets_ptr, counts_ptr, rows_ptr, order_ptr, weights_ptr, source_ptr, latent, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Σ of weights[order] (of their size, if SIZE) · source[rows] over a latent's pairs."""
     start = tl.load(offsets_ptr + latent)
     stop = start + tl.load(counts_ptr + latent)
     total = 0.0
@@ -56,7 +57,17 @@ def totals(offsets_ptr, counts_ptr, rows_ptr, order_ptr, weights_ptr, source_ptr
         pairs = first + tl.arange(0, BLOCK)
         there = pairs < stop
         weights = tl.load(weights_ptr + tl.load(order_ptr + pairs, mask=there, other=0), mask=there, other=0.0)
+        if SIZE:
+            weights = tl.abs(weights)
         total += tl.sum(weights * tl.load(source_ptr + tl.load(rows_ptr + pairs, mask=there, other=0), mask=there, other=0.0))
+    return total
+
+
+@triton.jit
+def totals(offsets_ptr, counts_ptr, rows_ptr, order_ptr, weights_ptr, source_ptr, out_ptr, BLOCK: tl.constexpr):
+    """float32 [n]: Σ of weights[order] · source[rows] over each latent's pairs."""
+    latent = tl.program_id(0).to(tl.int64)
+    total = _over_pairs(offsets_ptr, counts_ptr, rows_ptr, order_ptr, weights_ptr, source_ptr, latent, False, BLOCK)
     tl.store(out_ptr + latent, total)
 
 
@@ -67,14 +78,7 @@ def bound(
 ):  # fmt: skip
     """float32 [n]: (Σ |weights[order]| norms[rows] + |extra[slot]|)²."""
     latent = tl.program_id(0).to(tl.int64)
-    start = tl.load(offsets_ptr + latent)
-    stop = start + tl.load(counts_ptr + latent)
-    total = 0.0
-    for first in range(start, stop, BLOCK):
-        pairs = first + tl.arange(0, BLOCK)
-        there = pairs < stop
-        weights = tl.load(weights_ptr + tl.load(order_ptr + pairs, mask=there, other=0), mask=there, other=0.0)
-        total += tl.sum(tl.abs(weights) * tl.load(norms_ptr + tl.load(rows_ptr + pairs, mask=there, other=0), mask=there, other=0.0))
+    total = _over_pairs(offsets_ptr, counts_ptr, rows_ptr, order_ptr, weights_ptr, norms_ptr, latent, True, BLOCK)
     if EXTRA:
         slot = tl.load(slots_ptr + latent).to(tl.int64)
         if slot >= 0:
