@@ -46,7 +46,7 @@ def reconstruct(
 
 
 @triton.jit
-def _over_pairs(
+def over_pairs(
     offsets_ptr, counts_ptr, rows_ptr, order_ptr, weights_ptr, source_ptr, latent, SIZE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Σ of weights[order] (of their size, if SIZE) · source[rows] over a latent's pairs."""
@@ -67,7 +67,7 @@ def _over_pairs(
 def totals(offsets_ptr, counts_ptr, rows_ptr, order_ptr, weights_ptr, source_ptr, out_ptr, BLOCK: tl.constexpr):
     """float32 [n]: Σ of weights[order] · source[rows] over each latent's pairs."""
     latent = tl.program_id(0).to(tl.int64)
-    total = _over_pairs(offsets_ptr, counts_ptr, rows_ptr, order_ptr, weights_ptr, source_ptr, latent, False, BLOCK)
+    total = over_pairs(offsets_ptr, counts_ptr, rows_ptr, order_ptr, weights_ptr, source_ptr, latent, False, BLOCK)
     tl.store(out_ptr + latent, total)
 
 
@@ -78,7 +78,7 @@ def bound(
 ):  # fmt: skip
     """float32 [n]: (Σ |weights[order]| norms[rows] + |extra[slot]|)²."""
     latent = tl.program_id(0).to(tl.int64)
-    total = _over_pairs(offsets_ptr, counts_ptr, rows_ptr, order_ptr, weights_ptr, norms_ptr, latent, True, BLOCK)
+    total = over_pairs(offsets_ptr, counts_ptr, rows_ptr, order_ptr, weights_ptr, norms_ptr, latent, True, BLOCK)
     if EXTRA:
         slot = tl.load(slots_ptr + latent).to(tl.int64)
         if slot >= 0:
