@@ -11,11 +11,18 @@ from saehub.activations import taps
 from saehub.api import Rows
 from saehub.errors import StageFailed, UsageError
 from saehub.sites import Site
+from saehub_native.kernels.team import Team
 
 if TYPE_CHECKING:
     from saehub.data.model import ModelHandle
     from saehub.data.tokens import TokenDataset
     from saehub_native.extract_config import HFConfig
+
+
+TOKENS_A_PIECE = 1024
+"""At most, of a forward pass on one core, unless one sequence has more: what its layers write then stays in the caches, and the memory is used again."""
+MOST_THREADS = 8
+"""So many forward passes at a time: with more, they would wait for the interpreter. There one pass uses all cores."""
 
 
 class HFExtractor:
@@ -53,6 +60,7 @@ class HFSession:
         self.taps = {str(site): Site.parse(site).tap(model.shape) for site in sites}
         if not self.taps:
             raise UsageError("no site to extract", where="extract.sites", fix="write sites: [resid_post.2]")
+        self._team = Team()
         self.n_batches = tokens.n_batches(lm_batch)
         self.calibration_batches = tokens.calibration_batches(lm_batch)
         self.data_hash = tokens.hash
@@ -67,7 +75,7 @@ class HFSession:
                 why="the tokens were made with another tokenizer",
                 fix="use the tokenizer that belongs to the model",
             )
-        found = taps.read(self.model.hf, tokens_BT, self.taps)
+        found = taps.read(self.model.hf, tokens_BT, self.taps, split=self._split(*tokens_BT.shape), run=self._team.run)
         for site, x_BTD in found.items():
             if x_BTD.ndim != 3 or x_BTD.shape[:2] != tokens_BT.shape:
                 raise StageFailed(
@@ -76,6 +84,14 @@ class HFSession:
                     fix="choose a module whose input or output is [batch, positions, width]",
                 )
         return found
+
+    def _split(self, sequences: int, context: int) -> int | None:
+        """Sequences a forward pass: on a CPU with few threads each thread runs its own, on a few sequences at a time."""
+        threads = torch.get_num_threads()
+        if next(self.model.hf.parameters()).device.type != "cpu" or threads > MOST_THREADS:
+            return None
+        turns = -(-sequences * context // (threads * TOKENS_A_PIECE))
+        return -(-sequences // (threads * turns))
 
     def rows(self, batch: int) -> Rows:
         """All sites' rows of one language-model batch, on the model's device and in its dtype, from one forward pass."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Hashable, Mapping
-from threading import get_ident
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from threading import Lock, get_ident
 from typing import Any, TypeVar
 
 import torch
@@ -81,7 +82,15 @@ def _device(model_hf: nn.Module) -> torch.device:
     return next(model_hf.parameters()).device
 
 
-def read(model_hf: nn.Module, tokens_BT: Tensor, taps: Mapping[Key, Tap], *, stop: bool = True) -> dict[Key, Tensor]:
+def read(
+    model_hf: nn.Module,
+    tokens_BT: Tensor,
+    taps: Mapping[Key, Tap],
+    *,
+    stop: bool = True,
+    split: int | None = None,
+    run: Callable[[Callable[[int], object], int], object] | None = None,
+) -> dict[Key, Tensor]:
     """The tensors at `taps`, from one forward pass of the base model (no logits, no gradients, no cache) that ends after the last of them.
 
     Args:
@@ -89,6 +98,8 @@ def read(model_hf: nn.Module, tokens_BT: Tensor, taps: Mapping[Key, Tap], *, sto
         tokens_BT: int64 [batch, positions], moved to the model's device.
         taps: name -> where; two names may share a tap.
         stop: False runs the base model to its end.
+        split: sequences a forward pass; None: all in one.
+        run: `run(piece, n)` calls `piece(0)` … `piece(n - 1)`, one a forward pass, on whichever threads it likes; None: one after the other.
 
     Returns: name -> [batch, positions, d] in the model's dtype, copies that no later operation of the model can change.
     Raises: UsageError for a module that does not exist; StageFailed for one that did not run or holds no tensor.
@@ -96,28 +107,7 @@ def read(model_hf: nn.Module, tokens_BT: Tensor, taps: Mapping[Key, Tap], *, sto
     places: dict[tuple[nn.Module, str], list[Key]] = {}
     for key, tap in taps.items():
         places.setdefault((resolve(model_hf, tap.module), tap.io), []).append(key)
-    found: dict[Key, Tensor] = {}
-    waiting = set(places)
-
-    thread = get_ident()
-
-    def take(place: tuple[nn.Module, str], tensor: Tensor | None) -> None:
-        if place not in waiting or get_ident() != thread:
-            return  # a module that runs twice: the first time counts; another thread's pass through the same model is not ours
-        if tensor is None:
-            raise StageFailed(
-                f"no activation tensor at {taps[places[place][0]]}",
-                why="the module's first input or output is not a tensor",
-                fix="tap a module inside it",
-            )
-        with torch.inference_mode(False):  # an ordinary tensor, so that callers may use it with gradients
-            copy = tensor.detach().clone()
-        for key in places[place]:
-            found[key] = copy
-        waiting.discard(place)
-        if stop and not waiting:
-            raise _Stop
-
+    found = _Found(len(tokens_BT), split or len(tokens_BT), {place: taps[keys[0]] for place, keys in places.items()}, stop)
     handles = []
     try:
         for place in places:
@@ -125,26 +115,92 @@ def read(model_hf: nn.Module, tokens_BT: Tensor, taps: Mapping[Key, Tap], *, sto
             if io == "in":
                 handles.append(
                     module.register_forward_pre_hook(
-                        lambda _m, args, kwargs, place=place: take(place, _input(args, kwargs)), with_kwargs=True
+                        lambda _m, args, kwargs, place=place: found.take(place, _input(args, kwargs)), with_kwargs=True
                     )
                 )
             else:
-                handles.append(module.register_forward_hook(lambda _m, _args, output, place=place: take(place, _first(output))))
+                handles.append(module.register_forward_hook(lambda _m, _args, output, place=place: found.take(place, _first(output))))
         base = _base(model_hf)
         inside = set(base.modules())
         root = base if all(module in inside for module, _ in places) else model_hf
-        with torch.inference_mode():
-            try:
-                _forward(root, tokens_BT.to(_device(model_hf)))
-            except _Stop:
-                pass
+        tokens_BT = tokens_BT.to(_device(model_hf))
+
+        def piece(number: int) -> None:
+            with found.of(number) as mine, torch.inference_mode():
+                _forward(root, tokens_BT[mine])
+
+        if run is None or found.pieces <= 1:
+            for number in range(found.pieces):
+                piece(number)
+        else:
+            run(piece, found.pieces)
     finally:
         for handle in handles:
             handle.remove()
-    if waiting:
-        names = ", ".join(sorted(str(taps[places[place][0]]) for place in waiting))
-        raise StageFailed(f"the forward pass never reached {names}", fix="choose a site that runs on every token")
-    return {key: found[key] for key in taps}
+    of_key = {key: place for place, keys in places.items() for key in keys}
+    return {key: found.tensors[of_key[key]] for key in taps}
+
+
+class _Found:
+    """What the hooks of one reading have seen: the whole batch's tensor of each place, which the forward passes fill in piece by piece."""
+
+    def __init__(self, sequences: int, split: int, places: Mapping[tuple[nn.Module, str], Tap], stop: bool):
+        self.sequences, self.split, self.places, self.stop = sequences, split, places, stop
+        self.pieces = max(1, -(-sequences // split)) if split else 1
+        self.tensors: dict[tuple[nn.Module, str], Tensor] = {}
+        self._lock = Lock()
+        self._now: dict[int, tuple[slice, set[tuple[nn.Module, str]]]] = {}  # thread -> its sequences, and the places it waits for
+
+    @contextmanager
+    def of(self, number: int) -> Iterator[slice]:
+        """The sequences of a piece, which this thread now runs; StageFailed where it leaves a place unseen."""
+        mine = slice(number * self.split, min((number + 1) * self.split, self.sequences))
+        waiting = set(self.places)
+        self._now[get_ident()] = mine, waiting
+        try:
+            try:
+                yield mine
+            except _Stop:
+                pass
+        finally:
+            del self._now[get_ident()]
+        if waiting:
+            names = ", ".join(sorted(str(self.places[place]) for place in waiting))
+            raise StageFailed(f"the forward pass never reached {names}", fix="choose a site that runs on every token")
+
+    def take(self, place: tuple[nn.Module, str], tensor: Tensor | None) -> None:
+        mine, waiting = self._now.get(get_ident(), (None, ()))
+        if place not in waiting:
+            return  # a module that runs twice: the first time counts; another thread's pass through the same model is not ours
+        if tensor is None:
+            raise StageFailed(
+                f"no activation tensor at {self.places[place]}",
+                why="the module's first input or output is not a tensor",
+                fix="tap a module inside it",
+            )
+        with torch.inference_mode(False):  # an ordinary tensor, so that callers may use it with gradients
+            if self.pieces == 1:
+                self.tensors[place] = tensor.detach().clone()
+            else:
+                self._whole(place, tensor, mine)[mine].copy_(tensor.detach())
+        waiting.discard(place)
+        if self.stop and not waiting:
+            raise _Stop
+
+    def _whole(self, place: tuple[nn.Module, str], tensor: Tensor, mine: slice) -> Tensor:
+        """The whole batch's tensor, made when its first piece comes."""
+        with self._lock:
+            whole = self.tensors.get(place)
+            if whole is None:
+                whole = torch.empty((self.sequences, *tensor.shape[1:]), dtype=tensor.dtype, device=tensor.device)
+                self.tensors[place] = whole
+        if tensor.shape[:1] != (mine.stop - mine.start,) or tensor.shape[1:] != whole.shape[1:]:
+            raise StageFailed(
+                f"{self.places[place]} does not hold one row a sequence",
+                why=f"{mine.stop - mine.start} sequences give a tensor of shape {list(tensor.shape)}",
+                fix="choose a module whose input or output is [batch, positions, width]",
+            )
+        return whole
 
 
 def logits(model_hf: nn.Module, tokens_BT: Tensor) -> Tensor:
