@@ -27,8 +27,8 @@ STATUS = {
     **dict.fromkeys(("disabled", "skipped"), "dim"),
 }
 """Words that have a colour wherever they fill a cell."""
-
-
+SHORT = 52
+"""Characters of a reason that still stands in a cell; a longer one is a footnote."""
 VERDICTS = {"good": "green", "deceptively good": "yellow", "undecided": "yellow", **dict.fromkeys(("dead", "duplicated", "collapsed"), "red")}
 
 
@@ -161,6 +161,10 @@ def _group(group: Group) -> None:
         )
     show(head)
     show(grid)
+    _notes(notes)
+
+
+def _notes(notes: Sequence[str]) -> None:
     for i, note in enumerate(notes, 1):
         show(Text(f"[{i}] {clean(note)}", style="dim"))
 
@@ -179,7 +183,8 @@ def _cell(row: Row, dataset: str | None, notes: list[str]) -> Text:
 
 
 def comparison(differences: Iterable[Any], names: tuple[str, str]) -> None:
-    """The rows of `runs compare`: both values, the difference with its interval, and the verdict."""
+    """The rows of `runs compare`: both values, the difference with its interval, and the verdict; long reasons below."""
+    notes: list[str] = []
     grid = _grid(["SAE", "metric", "dataset", *names, "difference (95 %)", "verdict"], right=[*names])
     for item in differences:
         same = item.subjects_a == item.subjects_b
@@ -188,7 +193,7 @@ def comparison(differences: Iterable[Any], names: tuple[str, str]) -> None:
         ranks = better or {"a better": names[0], "b better": names[1]}
         verdict = text(f"{ranks[item.verdict]} better" if item.verdict in ranks else item.verdict, "green" if item.verdict in ranks else "")
         if item.reason:
-            verdict.append(f": {clean(item.reason)}", style="dim")
+            verdict.append(f": {clean(item.reason)}" if len(item.reason) <= SHORT else footnote(item.reason, notes), style="dim")
         gap = numbers.signed(item.delta, item.stderr).partition(" ± ")[0]
         if item.ci_low is not None and item.verdict not in ("not comparable", "equal"):
             gap += f" [{numbers.value(item.ci_low, item.stderr)}, {numbers.value(item.ci_high, item.stderr)}]{' paired' if item.paired else ''}"
@@ -197,6 +202,7 @@ def comparison(differences: Iterable[Any], names: tuple[str, str]) -> None:
             text(numbers.with_error(item.b, item.stderr_b)), text(gap), verdict,
         )  # fmt: skip
     show(grid)
+    _notes(notes)
 
 
 # ---------------------------------------------------------------- plan

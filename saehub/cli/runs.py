@@ -105,9 +105,12 @@ def show(run: str, as_json: bool) -> None:
 @runs.command("compare")
 @click.argument("first", metavar="RUN")
 @click.argument("second", metavar="[RUN]", required=False)
+@click.option("--map", "mapped", multiple=True, metavar="A=B", help="Compare SAE A of the first run with SAE B of the second (repeatable).")
 @json_option()
-def compare(first: str, second: str | None, as_json: bool) -> None:
+def compare(first: str, second: str | None, mapped: tuple[str, ...], as_json: bool) -> None:
     """Compare two runs, or the SAEs of one, with each other.
+
+    SAEs of one id belong together; others are paired where only they are alike (architecture, width, site, sparsity), or by --map.
 
     Numbers on the same text are compared by a paired bootstrap over its sequences. They are ranked only where the interval
     of the difference leaves out zero, adjusted (Holm) over the pairs of SAEs compared. Numbers on different text, or of
@@ -115,6 +118,7 @@ def compare(first: str, second: str | None, as_json: bool) -> None:
     """
     from saehub.errors import UsageError
     from saehub.report import compare as comparison
+    from saehub.report.pairing import pair
 
     left = _find(first)
     right = _find(second) if second is not None else left
@@ -125,13 +129,18 @@ def compare(first: str, second: str | None, as_json: bool) -> None:
                 where=str(run.path),
                 fix=f"finish it: {run.resume}" if run.resume else "compare a run that evaluates: evaluate: [{uses: native/core}]",
             )
+    pairs: dict[str, str] = {}
     if second is None:
+        if mapped:
+            raise UsageError("--map pairs SAEs of two runs, and one is given", fix="saehub runs compare RUN RUN --map A=B")
         differences, remarks = comparison.within(left.measurements)
     else:
-        differences, remarks = comparison.compare(left.measurements, right.measurements)
+        pairs, how = pair(left, right, mapped)
+        differences, remarks = comparison.compare(left.measurements, right.measurements, pairs)
+        remarks = how + remarks
     if as_json:
         runs = [_row(left)] if second is None else [_row(left), _row(right)]
-        return out_json({"runs": runs, "differences": differences, "remarks": remarks})
+        return out_json({"runs": runs, "pairs": pairs, "differences": differences, "remarks": remarks})
     from saehub.cli import render
 
     names = (left.name, right.name) if left.name != right.name else ("first", "second")
@@ -142,7 +151,7 @@ def compare(first: str, second: str | None, as_json: bool) -> None:
         say(
             "the run has no two SAEs at one site; to compare it with another run: saehub runs compare RUN RUN"
             if second is None
-            else "the two runs share no metric on an SAE of the same id"
+            else "the two runs share no metric on SAEs that belong together; to say which do: --map A=B"
         )
         return None
     ranked = sum(item.verdict in ("a better", "b better") for item in differences)

@@ -66,13 +66,14 @@ class Difference:
     """Pairs of SAEs that were compared in this metric on this dataset."""
 
 
-def compare(left: Sequence[Measurement], right: Sequence[Measurement]) -> tuple[list[Difference], list[str]]:
+def compare(left: Sequence[Measurement], right: Sequence[Measurement], pairs: Mapping[str, str] | None = None) -> tuple[list[Difference], list[str]]:
     """Differences of all numbers that both sides have, and sentences about what only one side has.
 
-    SAEs are matched by id; where each side has exactly one SAE, those two are compared under whatever ids.
+    SAEs are matched by id, but for `pairs`, `{id on the left: id on the right}`. Without `pairs`, where each side has exactly one SAE, those
+    two are compared under whatever ids.
     """
     left = _same_text(left, right)
-    rename = _match(left, right)
+    rename = _match(left, right) if pairs is None else _one_to_one(pairs)
     others = {_key(item, {}): item for item in right}
     found, used = [], set()
     for item in left:
@@ -88,9 +89,20 @@ def compare(left: Sequence[Measurement], right: Sequence[Measurement]) -> tuple[
     remarks = _other_sparsity(found)
     for side, items in alone:
         if items:
-            names = ", ".join(dict.fromkeys(f"{'+'.join(item.subjects) or '-'}: {item.metric}" for item in items))
-            remarks.append(f"only in {side}: {names if len(names) <= 300 else names[:297] + '…'}")
+            remarks.append(f"only in {side}: {_listed(items)}")
     return found, remarks
+
+
+def _listed(items: Sequence[Measurement]) -> str:
+    """`x: fvu, x: l0`; of an SAE with more than three metrics, `x: fvu, mse and 24 more`."""
+    by_sae: dict[str, dict[str, None]] = {}
+    for item in items:
+        by_sae.setdefault("+".join(item.subjects) or "-", {})[item.metric] = None
+    return ", ".join(
+        f"{sae}: {metric}" if len(metrics) <= 3 else f"{sae}: {', '.join(list(metrics)[:2])} and {len(metrics) - 2} more"
+        for sae, metrics in by_sae.items()
+        for metric in (metrics if len(metrics) <= 3 else (None,))
+    )
 
 
 def within(measurements: Sequence[Measurement]) -> tuple[list[Difference], list[str]]:
@@ -166,6 +178,11 @@ def _match(left: Iterable[Measurement], right: Iterable[Measurement]) -> dict[st
     return {}
 
 
+def _one_to_one(pairs: Mapping[str, str]) -> dict[str, str]:
+    """`pairs`, and another name for each id on the left that is the partner of another one."""
+    return {**{name: f"{name} (first)" for name in pairs.values()}, **pairs}
+
+
 def difference(a: Measurement, b: Measurement) -> Difference:
     """b - a, its standard error and interval, and who is better, if that can be said.
 
@@ -197,9 +214,10 @@ def _verdict(a: Measurement, b: Measurement, delta: float | None, paired: tuple[
     if a.definition != b.definition:
         return "not comparable", f"two definitions: {a.definition} and {b.definition}"
     if delta is None:
-        which = " and ".join(name for name, item in (("the first", a), ("the second", b)) if item.value is None)
-        reason = (a.reason if a.value is None else b.reason) or "not measured"
-        return "not comparable", f"{which} has no value: {reason.partition(':')[0]}"
+        missing = {which: item.reason or "not measured" for which, item in (("the first", a), ("the second", b)) if item.value is None}
+        if len(missing) == 2 and a.reason == b.reason:
+            return "not comparable", f"neither has a value: {missing['the first']}"
+        return "not comparable", "; ".join(f"{which} has no value: {reason}" for which, reason in missing.items())
     if a.dataset_hash and b.dataset_hash and a.dataset_hash != b.dataset_hash:
         return "not comparable", "measured on different text (the dataset hashes differ)"
     if delta == 0:

@@ -103,6 +103,19 @@ def test_compare_ranks_what_is_apart_and_nothing_else(saehub, two_runs):
     assert "They say nothing about how another training seed would come out." in said.err
 
 
+def test_saes_of_other_ids_are_compared_as_mapped(saehub, home, fake_run):
+    fake_run.write(home / "runs" / "a", saes=("k16", "k32"))
+    fake_run.write(home / "runs" / "b", saes=("mine16", "mine32"), worse=0.05)
+    said = saehub("runs", "compare", "a", "b", "--map", "k16=mine16", "--map", "k32=mine32")
+    assert said.code == 0 and re.search(r"^k16 → mine16\s+fvu\s+in-sample.*a better$", said.out, re.MULTILINE) and "only in" not in said.err
+    assert re.search(r"not comparable \[\d\]$", said.out, re.MULTILINE) and "for r0 = 1e-05" in said.out  # a reason that has a colon is told whole
+    assert saehub("runs", "compare", "a", "b", "--map", "k16=mine16", "--json").data["pairs"]["k16"] == "mine16"
+    crossed = saehub("runs", "compare", "a", "a", "--map", "k16=k32", "--json").data["differences"]
+    assert {(*item["subjects_a"], *item["subjects_b"]) for item in crossed} == {("k16", "k32"), ("k32", "k16")}  # none of them with itself
+    said = saehub("runs", "compare", "a", "--map", "k16=k32")
+    assert said.code == 2 and "--map pairs SAEs of two runs" in said.err
+
+
 def test_overlap_is_not_ranked(saehub, home, fake_run):
     rows = [dataclasses.replace(row, value=row.value and row.value * 1.005) for row in fake_run.measurements()]
     rows = [dataclasses.replace(row, ci_low=None, ci_high=None) for row in rows]
