@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from saehub.cli.failure import FAILED, OK
-from saehub.cli.talk import out_json_line, say, style
-from saehub.errors import RecipeError, UsageError
+from saehub.cli.talk import clean, out_json_line, say, style
+from saehub.errors import Interrupted, MissingDependency, RecipeError, SaehubError, UsageError
 from saehub.report.compare import compare
 from saehub.report.run_folder import RunFolder
 
@@ -19,7 +19,7 @@ class Outcome:
     """One thing that was compared."""
 
     what: str
-    """`model`, `text`, `tensors` or `number`."""
+    """`model`, `text`, `tensors`, `failure` (a stage that failed in either) or `number`."""
     name: str
     verdict: str
     """`identical`, `agrees` (a number, within its error), `differs` or `missing`."""
@@ -40,9 +40,15 @@ def replay(run: RunFolder, folder: Path | None, *, as_json: bool) -> int:
     base = home() / "replays" / ".stores" / run.name
     plan = make_plan(found, catalog(), base=base, out=folder)
     _tell_changes(run, plan)
-    code = run_plan(plan, as_json=as_json, quiet=True)
-    if code != OK:
-        return code
+    try:
+        run_plan(plan, as_json=as_json, quiet=True)
+    except Interrupted:
+        raise
+    except SaehubError as error:
+        # A run that failed is replayed by one that fails alike; what it finished is compared like that of any other.
+        if not _failed(run) or not (folder / "results.json").is_file():
+            raise
+        say(f"the replay failed, as the run did: {clean(error.what)}")
     outcomes = outcomes_of(run, RunFolder(folder))
     shutil.rmtree(base, ignore_errors=True)
     bad = [item for item in outcomes if item.verdict in ("differs", "missing")]
@@ -71,8 +77,9 @@ def _recipe(run: RunFolder) -> Any:
         )
     if not run.measurements and not run.checkpoints():
         raise UsageError(f"{run.name} has nothing to compare with (status: {run.status})", fix=f"finish it first: {run.resume or 'run its recipe again'}")
+    _require(run, catalog())
     text = yaml.safe_dump(run.lock["recipe"], sort_keys=False, allow_unicode=True)
-    found, problems = check_text(text, str(run.path / "recipe.lock"), (), catalog())
+    found, problems = check_text(text, f"recipe of {run.name}", (), catalog())
     errors = [problem for problem in problems if getattr(problem, "severity", "error") == "error"]
     if found is None or errors:
         raise RecipeError(
@@ -82,6 +89,20 @@ def _recipe(run: RunFolder) -> Any:
             fix="saehub plugins ls",
         )
     return found
+
+
+def _require(run: RunFolder, known: Any) -> None:
+    """MissingDependency (exit code 3) with the pip command where plugins that the run used are not installed here."""
+    here = {address for kind in ("extractor", "trainer", "evaluator", "exporter") for address in known.components(kind)}
+    here |= {address for address in run.lock.get("plugins", {}) if any(row.plugin == address.partition("/")[0] and row.status != "ok" for row in known.rows())}
+    absent = {address: item for address, item in run.lock.get("plugins", {}).items() if address not in here}
+    if absent:
+        packages = dict.fromkeys((str(item["distribution"]), str(item["version"])) for item in absent.values())
+        raise MissingDependency(
+            f"{run.name} cannot be replayed here: nothing that is installed provides {', '.join(sorted(absent))}",
+            why=f"then it came from {', '.join(f'{name} {version}' for name, version in packages)}",
+            fix=f"pip install {' '.join(repr(f'{name}=={version}') for name, version in packages)} (or the folder of a plugin of your own)",
+        )
 
 
 def _tell_changes(run: RunFolder, plan: Any) -> None:
@@ -109,6 +130,10 @@ def outcomes_of(first: RunFolder, second: RunFolder) -> list[Outcome]:
             verdict = "missing" if new is None else "identical" if old == new else "differs"
             if old is not None:
                 found.append(Outcome(what, key, verdict, "" if verdict == "identical" else f"{str(old)[:12]} → {str(new)[:12]}"))
+    then, now = _failed(first), _failed(second)
+    for stage in dict.fromkeys([*then, *now]):
+        same = then.get(stage) == now.get(stage)
+        found.append(Outcome("failure", stage, "identical" if same else "differs", "" if same else f"{then.get(stage, 'finished')} → {now.get(stage, 'finished')}"))
     differences, remarks = compare(first.measurements, second.measurements)
     numbers_ = [_number(item) for item in differences]
     # Where every number agrees, other tensors are another machine's rounding, not another result.
@@ -120,6 +145,11 @@ def outcomes_of(first: RunFolder, second: RunFolder) -> list[Outcome]:
             for item in found
         ]
     return found + numbers_ + [Outcome("number", remark, "missing") for remark in remarks]
+
+
+def _failed(run: RunFolder) -> dict[str, str]:
+    """`{stage: "failed: why"}` of what failed when the run last started."""
+    return {stage: state for stage, state in run.stages().items() if state.startswith("failed")}
 
 
 def _number(item: Any) -> Outcome:

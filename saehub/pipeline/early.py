@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import math
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from saehub.api import Measurement
 from saehub.errors import Interrupted, SaehubError, StageFailed
 from saehub.jsonio import read_json, write_json_atomic
+from saehub.report.table import measurement
 from saehub.report.verdicts import Verdict, verdicts
 
 if TYPE_CHECKING:
     from saehub.pipeline.context import Context
-    from saehub.pipeline.plan import Stage
+    from saehub.pipeline.plan import Plan, Stage
     from saehub.pipeline.train import Trainee
 
 FILE = "early.json"
@@ -68,7 +69,8 @@ class EarlyLook:
         look = {"share": share, "step": step, "rows": step * self.trainee.job.batch, "doomed": doomed, **verdict.to_json()}
         self.taken.append(look)
         self.trainee.folder.mkdir(parents=True, exist_ok=True)
-        write_json_atomic(self.trainee.folder / FILE, {"schema": 1, "looks": self.taken})
+        said = next(row for row in rows if row.metric == "verdict").to_json() if doomed else None
+        write_json_atomic(self.trainee.folder / FILE, {"schema": 1, "looks": self.taken, "doomed": said})
         events("warning" if doomed else "log", stage.id, text=self._words(verdict, share), early=look)
         if doomed and self.entry.stop_doomed:
             self.trainee.save()
@@ -132,6 +134,22 @@ class EarlyLook:
             "lm_batch": extract.lm_batch,
             "rows": self.entry.tokens,
         }
+
+
+def stopped_rows(plan: Plan) -> list[Measurement]:
+    """The verdicts that ended trainings of this plan: what is known of an SAE that was stopped, for the tables."""
+    found = []
+    for stage in plan.of("train") if plan.recipe.early.stop_doomed else ():
+        file = plan.store.state_path(stage.key) / FILE
+        if not file.is_file() or plan.store.complete(stage.kind, stage.key):
+            continue
+        kept = read_json(file)
+        if kept.get("doomed"):
+            row = measurement(kept["doomed"])
+            flag = f"stopped after {kept['looks'][-1]['share']:.0%} of its rows"
+            parts = {**row.parts, "flags": [flag, *row.parts.get("flags", ())]}
+            found.append(replace(row, parts=parts, note=f"{flag}: {row.note or ''}".rstrip(": ")))
+    return found
 
 
 def early_look(trainee: Trainee) -> EarlyLook | None:

@@ -19,6 +19,7 @@ from saehub.api import Measurement
 from saehub.errors import FormatError, Interrupted, SaehubError, StageFailed
 from saehub.jsonio import hash_json, write_json_atomic, write_text_atomic
 from saehub.pipeline.context import Context, stage_error
+from saehub.pipeline.early import stopped_rows
 from saehub.pipeline.evaluate import evaluate_stages, read_measurements
 from saehub.pipeline.events import EventLog, Events, Listener
 from saehub.pipeline.plan import Plan, Stage
@@ -164,6 +165,7 @@ def _open_run_dir(plan: Plan, recipe_text: str | None, command: str | None) -> N
             "model_fingerprint": plan.fingerprint,
             "stages": {stage.id: {"kind": stage.kind, "key": stage.key, "where": stage.where.relative_to(plan.base).as_posix()} for stage in plan.stages},
             "components": {item.address: item.library_versions() for item in _registered(plan)},
+            "plugins": {item.address: {"distribution": item.distribution, "version": item.version} for item in _registered(plan)},
         }
         write_json_atomic(plan.run_dir / "recipe.lock", lock)
     except OSError as error:
@@ -408,6 +410,7 @@ def _publish(context: Context, seconds: float, errors: list[SaehubError]) -> lis
                 link_or_copy(stage.where / "export", plan.run_dir / "exports" / stage.id.partition("/")[2])
             elif stage.kind == "evaluate":
                 measurements += read_measurements(stage.where)
+        measurements += stopped_rows(plan)
         write_json_atomic(plan.run_dir / "results.json", {"schema": 1, "measurements": [row.to_json() for row in measurements]})
         write_json_atomic(plan.run_dir / "run_card.json", run_card(context, done, seconds, errors, measurements))
         write_report(plan.run_dir)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -280,6 +281,43 @@ def test_replay_as_json(saehub, replayed, tmp_path):
     last = said.lines[-1]
     assert (last["kind"], last["verdict"], last["replay"]) == ("replay", "identical", str(tmp_path / "again"))
     assert {"what", "name", "verdict", "detail"} == set(last["outcomes"][0])
+
+
+def failing(folder, why="a was stopped after 10% of its rows: collapsed"):
+    """Events of a run whose training failed."""
+    events = [("run_started", "", {"stages": ["train/a"]}), ("stage_failed", "train/a", {"error": {"what": why}})]
+    (folder / "events.jsonl").write_text("".join(json.dumps({"kind": k, "stage": s or None, "data": d, "t": 2e9 + i}) + "\n" for i, (k, s, d) in enumerate(events)))
+
+
+@pytest.mark.parametrize(("now", "code", "word"), [("a was stopped after 10% of its rows: collapsed", 0, "identical"), ("the disk is full", 1, "differs")])
+def test_a_run_that_failed_is_compared_with_a_replay_that_fails(saehub, replayed, home, monkeypatch, now, code, word):
+    from saehub.errors import StageFailed
+    from saehub.pipeline import run as running
+
+    finished = running.run
+
+    def run(plan, *args, **more):
+        for folder in (plan.base, plan.run_dir):
+            shutil.rmtree(folder, ignore_errors=True)
+        finished(plan, *args, **more)
+        failing(plan.run_dir, now)
+        raise StageFailed(now)
+
+    monkeypatch.setattr(running, "run", run)
+    said = saehub("runs", "replay", "r")
+    assert said.code == 4 and "cannot" not in said.err  # the run itself did not fail: the replay's error is the news
+    failing(home / "runs" / "r")
+    said = saehub("runs", "replay", "r")
+    assert said.code == code and f"the replay failed, as the run did: {now}" in said.err
+    outcomes = saehub("runs", "replay", "r", "--json").lines[-1]["outcomes"]
+    assert {item["verdict"] for item in outcomes if item["what"] == "failure"} == {word}
+
+
+def test_a_replay_without_the_plugin_names_its_package(saehub, replayed, home):
+    plugins = {"native/topk": {"distribution": "saehub", "version": "0.1.0"}, "house/topk": {"distribution": "saehub-house", "version": "1.2"}}
+    edit(home / "runs" / "r" / "recipe.lock", lambda lock: lock.update(plugins=plugins))
+    said = saehub("runs", "replay", "r")
+    assert said.code == 3 and "provides house/topk" in said.err and "pip install 'saehub-house==1.2'" in said.err
 
 
 def test_what_cannot_be_replayed(saehub, replayed, home, fake_run):

@@ -14,6 +14,7 @@ from saehub.pipeline.plan import make_plan
 from saehub.pipeline.run import run
 from saehub.plugins import catalog
 from saehub.recipe import check_text
+from saehub.report.verdicts import verdicts
 from saehub.testing.toys import tiny_model, tiny_text
 
 RECIPE = """
@@ -99,6 +100,12 @@ def test_an_interrupted_run_looks_once_and_ends_the_same(looked, folder, tmp_pat
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def verdicts_of(base: Path) -> list:
+    """What the tables of the only run in `base` say."""
+    (results,) = base.glob("runs/*/results.json")
+    return verdicts(json.loads(results.read_text())["measurements"])
+
+
 @pytest.fixture
 def doomed(monkeypatch):
     """A judge that finds everything doomed: what native/verdict itself finds is tested on the zoo."""
@@ -114,13 +121,16 @@ def test_doomed_runs_are_warned_of_and_stopped_where_asked(doomed, folder, tmp_p
         run(planned(folder, tmp_path, stop="true"), [events.append])
     assert "collapsed" in caught.value.what and "stop_doomed=false" in caught.value.fix and "nothing was learned" in caught.value.why
     assert [event.kind for event in events if "early" in event.data] == ["warning"]
+    (told,) = verdicts_of(tmp_path)
+    assert (told.sae, told.word, told.flags[0], told.reasons) == ("a", "collapsed", "stopped after 10% of its rows", ("nothing was learned",))
     again: list = []
     with pytest.raises(StageFailed, match="stopped after"):  # it is known: no second look, no further step
         run(planned(folder, tmp_path, stop="true"), [again.append])
-    assert not looks(again)
+    assert not looks(again) and verdicts_of(tmp_path) == [told]
     went_on: list = []
     result = run(planned(folder, tmp_path), [went_on.append])  # from the state that was kept
     assert any("going on from step" in event.data.get("text", "") for event in went_on) and result.checkpoints["a"].is_dir()
+    assert [verdict.flags.count(told.flags[0]) for verdict in verdicts_of(tmp_path)] == [0]
 
 
 def test_a_look_that_breaks_is_a_warning(folder, tmp_path, monkeypatch):
