@@ -61,6 +61,7 @@ def saehub_evaluators() -> list[Component]:
             target="saehub_native.evaluate.core:CoreEvaluator",
             config="saehub_native.evaluate.config:CoreConfig",
             needs=("model", "tokens", "sequences"),
+            cache_version=2,
             summary="FVU, L0, CE and KL recovered, deadness and baselines, each with a standard error over sequences",
         ),
         Component(
@@ -68,6 +69,7 @@ def saehub_evaluators() -> list[Component]:
             target="saehub_native.health.evaluator:HealthEvaluator",
             config="saehub_native.health.config:HealthConfig",
             needs=("model", "tokens", "sequences"),
+            cache_version=2,
             summary="redundancy beside its random null, duplicates, deadness over tokens, scale, finiteness, out-of-sample shifts",
         ),
         Component(
@@ -96,6 +98,7 @@ def saehub_evaluators() -> list[Component]:
             target="saehub_native.verdict.evaluator:VerdictEvaluator",
             config="saehub_native.verdict.config:VerdictConfig",
             needs=("measurements",),
+            cache_version=2,
             summary="good, deceptively good, dead, duplicated, collapsed or undecided, with the evidence and what to check next",
         ),
     ]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from saehub.api import Job
 from saehub.errors import SaehubError, StageFailed
+from saehub.pipeline import movement
 from saehub.pipeline.cautions import inexact_resume
 from saehub.pipeline.components import Remote
 from saehub.pipeline.resume import State, load_state, save_state
@@ -37,6 +38,10 @@ class Progress:
         self.metrics: dict[str, float] = {}
         self.error: SaehubError | None = None
         self.carry: dict[str, Tensor] = {}
+        self.start: dict[str, Tensor] = {}
+        """What the matrices were at the first step (`saehub.pipeline.movement`); empty for a warm start, which may well stay where it is."""
+        self.moved: float | None = None
+        """How far they have moved since, when the state was last written."""
 
     def make(self) -> Any:
         """The stage's trainer, here or in its worker."""
@@ -55,8 +60,14 @@ class Progress:
         state, skipped = load_state(self.folder)
         for text in skipped:
             self.context.events("warning", self.stage.id, text=f"a saved state is broken and was passed over: {text}")
+        cold = self.job.init_from is None
         if state is None:
+            if cold:
+                self.start = movement.sketch(self.session.state()[0])
+                movement.write(self.start, self.folder)
             return
+        self.start = movement.read(self.folder) if cold else {}
+        self.moved = movement.moved(self.start, movement.sketch(state.tensors))
         self.session.load_state(state.tensors, state.data)
         self.step, self.carry = state.step, state.carry
         changed = differences(state.environment, self.context.environment)
@@ -101,4 +112,5 @@ class Progress:
     def save(self) -> None:
         """Write the state between two batches."""
         tensors, data = self.session.state()
+        self.moved = movement.moved(self.start, movement.sketch(tensors))
         save_state(self.folder, State(self.step, tensors, data, self.carry, self.context.environment))

@@ -11,6 +11,7 @@ from saehub.api import CalibrationRows
 from saehub.errors import Interrupted, SaehubError, StageFailed
 from saehub.pipeline.components import optional
 from saehub.pipeline.early import early_look
+from saehub.pipeline.movement import UNMOVED
 from saehub.pipeline.progress import Progress
 from saehub.pipeline.resume import drop_states
 from saehub.seeds import derive
@@ -207,7 +208,7 @@ def finish(context: Context, trainee: Progress, stream: HubStream, elapsed: floa
     sae = trainee.session.finish().to("cpu")
     sae = sae.scale_input(trainee.scale_in, trainee.scale_out)
     sae.provenance.update(provenance(context, trainee, stream))
-    learnt = list(optional(trainee.session, "cautions") or ())
+    learnt = [*(optional(trainee.session, "cautions") or ()), *still_at_the_start(trainee)]
     for text in learnt:
         context.events("warning", stage.id, text=text)
     if cautions := [*stage.spec["cautions"], *learnt]:
@@ -224,6 +225,13 @@ def finish(context: Context, trainee: Progress, stream: HubStream, elapsed: floa
         save(sae, folder / "checkpoint", probe=probe)
     drop_states(trainee.folder)
     context.events("stage_finished", stage.id, seconds=elapsed, metrics=trainee.metrics, path=str(stage.where))
+
+
+def still_at_the_start(trainee: Progress) -> list[str]:
+    """A caution where training changed nothing that matters."""
+    if trainee.moved is None or trainee.moved >= UNMOVED:
+        return []
+    return [f"its weights moved by {trainee.moved:.2g} of their norm: it is still its initial state; check the learning rate and the number of steps"]
 
 
 def provenance(context: Context, trainee: Progress, stream: HubStream) -> dict[str, Any]:
@@ -263,6 +271,7 @@ def provenance(context: Context, trainee: Progress, stream: HubStream) -> dict[s
             "job": job.id,
             "normalize": recipe.extract.normalize,
             "scale": trainee.scale_in,
+            "moved": trainee.moved,
         },
         "libraries": context.environment["libraries"],
     }

@@ -52,6 +52,7 @@ def test_a_fine_sae_is_good_and_says_why():
 
 CASES = {
     "not finite": ("collapsed", {"finite_weights": 0.999}),
+    "untrained": ("collapsed", {"moved": 1e-6}),
     "dead": ("dead", {"dead": 0.9}),
     "explains nothing": ("collapsed", {"fvu": 0.95}),
     "half dead": ("dead", {"dead": 0.6, "recovered": 0.5}),

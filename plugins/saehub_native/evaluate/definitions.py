@@ -103,9 +103,10 @@ _PLAIN = (
         "dead_share",
         "dead latents",
         "Share of latents that never fired, given only where that silence proves a rate of at most r0 with 95 % confidence: 3/N ≤ r0 over N effective "
-        "tokens; otherwise undecided. N counts bursts, not rows: N = -ln(0.05) n/x with mean_i exp(-x/m_i) = 0.05, m_i the firings per sequence of the "
-        "rare latents that did fire (in at most 5 % of the sequences). A latent that fired once is not dead, however rare: see feature_density. r0 is "
-        "dead_rate of the recipe, 1e-5 by default, or stands in the metric's name. The standard error is the jackknife over sequences.",
+        "tokens (or where every latent fired, and it is 0); otherwise undecided. N counts bursts, not rows: N = -ln(0.05) n/x with mean_i exp(-x/m_i) = "
+        "0.05, m_i the firings per sequence of the rare latents that did fire (in at most 5 % of the sequences). A latent that fired once is not dead, "
+        "however rare: see feature_density. r0 is dead_rate of the recipe, 1e-5 by default, or stands in the metric's name. The standard error is the "
+        "jackknife over sequences.",
         "lower",
     ),
     _define(

@@ -158,7 +158,9 @@ def firing(table: Table, run: SubjectRun, config: CoreConfig) -> None:
     }  # fmt: skip
     budget = f"N = {watched.tokens:,.0f} effective tokens of {watched.rows:,} rows: the 95 % bound on a silent latent's rate is {watched.bound:.2g}"
     for metric, rate in dead_shares(config).items():
-        if watched.decides(rate):
+        if not parts["silent"]:  # nothing is left to decide
+            table.share(metric, share, stderr, len(looked_at), f"every latent fired, so none is dead at r0 = {rate:g}", parts)
+        elif watched.decides(rate):
             table.share(metric, share, stderr, len(looked_at), f"r0 = {rate:g}; {budget}", parts)
         else:
             table.missing(metric, watched.undecided(rate), parts)

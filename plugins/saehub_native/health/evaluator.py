@@ -150,7 +150,9 @@ class HealthEvaluator:
         watched = deadness.budget(fired_F, sequences_F, run.rows, len(looked_at))
         silent, stderr, _ = deadness.silent_share(sequences_F, last_F, looked_at)
         budget = {"rows": watched.rows, "effective_tokens": watched.tokens, "bound": watched.bound, "silent": int((sequences_F == 0).sum()), "latents": run.latents}
-        if watched.decides(self.config.dead_rate):
+        if not budget["silent"]:
+            out.share("dead_share", silent, stderr, len(looked_at), f"every latent fired, so none is dead at r0 = {self.config.dead_rate:g}", budget)
+        elif watched.decides(self.config.dead_rate):
             out.share("dead_share", silent, stderr, len(looked_at), f"r0 = {self.config.dead_rate:g}", budget)
         else:
             out.missing("dead_share", watched.undecided(self.config.dead_rate), budget)

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from saehub.pipeline.movement import UNMOVED
+
 if TYPE_CHECKING:
     from saehub_native.evaluate.definitions import Definition
 
@@ -19,6 +21,9 @@ class VerdictConfig:
     early_reads: ClassVar[Mapping[str, Mapping[str, Any]]] = {"native/core": {"loss": False}, "native/health": {}}
     """The same for a look during training: no language-model loss, which is the costly part."""
 
+    untrained_moved: float = UNMOVED
+    """Share of their norm by which training must have moved the weights; below it, an SAE is its initial state, which may be directions of the
+    data and reconstruct rather well."""
     collapsed_fvu: float = 0.9
     """FVU from which nothing is explained: the mean of the rows scores 1."""
     collapsed_recovered: float = 0.1

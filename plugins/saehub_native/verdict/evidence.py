@@ -39,6 +39,8 @@ class Evidence:
     finite_weights: float | None = None
     finite_rows: float | None = None
     norm_ratio: float | None = None
+    moved: float | None = None
+    """How far training moved the weights from their initial state, as a share of their norm (`saehub.pipeline.movement`); None: not recorded."""
     broken: tuple[str, ...] = ()
     """Reasons of failed measurements."""
     outside: str | None = None
@@ -67,7 +69,7 @@ _OUTSIDE = {"fvu": "fvu_out", "fvu_random": "fvu_random_out", "ce_recovered_zero
 _WEIGHTS = {"redundancy": "redundancy", "redundancy_null": "redundancy_null", "duplicate_share": "duplicates", "finite_weights": "finite_weights"}
 
 
-def gather(rows: Iterable[Measurement], *, latents: int | None = None, d_in: int | None = None) -> Evidence:
+def gather(rows: Iterable[Measurement], *, latents: int | None = None, d_in: int | None = None, moved: float | None = None) -> Evidence:
     """The evidence in the measurements of one SAE. In sample is the dataset of that name, else the first one; out of sample likewise."""
     rows = list(rows)
     names = list(dict.fromkeys(row.dataset for row in rows if row.dataset is not None))
@@ -83,7 +85,7 @@ def gather(rows: Iterable[Measurement], *, latents: int | None = None, d_in: int
         name = table.get(row.metric)
         if name and row.status == "ok" and name not in found:
             found[name], sources[name] = row.value, row
-    evidence = Evidence(**found, latents=latents, d_in=d_in, broken=tuple(broken), outside=outside, sources=sources)
+    evidence = Evidence(**found, latents=latents, d_in=d_in, moved=moved, broken=tuple(broken), outside=outside, sources=sources)
     return _deadness(evidence, [row for row in rows if row.dataset == inside])
 
 

@@ -15,6 +15,7 @@ PLUMBING = (
     "scaling: extract.normalize, and whether the SAE was trained in the units that it is given",
     "whether updates were applied: the learning rate, and a loss that falls in events.jsonl",
 )
+UPDATES = ("whether updates were applied: lr, warmup and the number of steps", "a loss that falls in events.jsonl")
 CAPACITY = (
     "fewer latents, or a larger k",
     "the revival of dead latents (auxk_alpha, revive), and the learning rate",
@@ -68,6 +69,12 @@ def _not_finite(e: Evidence, t: VerdictConfig) -> str | None:
         if value is not None and value < 1:
             return f"{1 - value:.2g} of its {what} are NaN or infinite"
     return next((reason for reason in e.broken if "NaN" in reason or "infinite" in reason), None)
+
+
+def _untrained(e: Evidence, t: VerdictConfig) -> str | None:
+    if e.moved is not None and e.moved < t.untrained_moved:
+        return f"untrained: training moved its weights by {e.moved:.2g} of their norm, so it is still its initial state"
+    return None
 
 
 def _explains_nothing(e: Evidence, t: VerdictConfig) -> str | None:
@@ -166,6 +173,7 @@ def _template(e: Evidence, t: VerdictConfig) -> str | None:
 
 RULES: tuple[Rule, ...] = (
     Rule("not finite", "collapsed", "a weight or a row is NaN or infinite", _not_finite, PLUMBING, doomed=True),
+    Rule("untrained", "collapsed", "weights moved < untrained_moved of their norm since the first step", _untrained, UPDATES),
     Rule("dead", "dead", "dead share ≥ dead_mostly", _mostly_dead, CAPACITY, doomed=True),
     Rule("explains nothing", "collapsed", "FVU ≥ collapsed_fvu, or CE recovered ≤ collapsed_recovered", _explains_nothing, PLUMBING, doomed=True),
     Rule("half dead", "dead", "dead share ≥ dead_half, and reconstruction is not excellent", _half_dead, CAPACITY),

@@ -120,11 +120,13 @@ def test_error_of_the_silent_share_is_the_jackknife():
 
 @pytest.mark.quick
 def test_shares_appear_where_the_budget_allows(context, measure, fitted):
-    saes = {"a": (fitted(), "resid_post.0", None)}
+    saes = {"a": (fitted(d_sae=220, k=2), "resid_post.0", None)}  # some of them stay silent
     small = measure(context(saes))["a", "in_sample", "dead_share"]
     assert small.status == "not_measured" and "undecided at this budget" in small.reason and small.parts["effective_tokens"] > 0
     found = measure(context(saes), dead_rate=0.5)
     row, fact = found["a", "in_sample", "dead_share"], found["a", "in_sample", "never_fired_share"]
     assert row.status == "ok" and row.value == fact.value and "r0 = 0.5" in row.note
     assert found["a", "in_sample", "dead_share@1e-05"].status == "not_measured"
+    awake = measure(context({"a": (fitted(), "resid_post.0", None)}))["a", "in_sample", "dead_share"]
+    assert (awake.status, awake.value, awake.parts["silent"]) == ("ok", 0.0, 0) and "every latent fired" in awake.note and awake.parts["bound"] > 1e-5
     assert sum(fact.parts["only_in_sequence"]) >= 0 and len(fact.parts["only_in_sequence"]) == 23
