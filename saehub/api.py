@@ -414,7 +414,9 @@ class Evaluator(Protocol):
     """Measures SAEs; rows it cannot measure come back as `not_measured` with a reason, never left out silently.
 
     Its config dataclass may have a torch-free `refusal(sae: PlannedSAE) -> str | None`: why it cannot measure such an SAE. It is asked at
-    plan, which warns of each pair that it refuses; the results say the same reason.
+    plan, which warns of each pair that it refuses; the results say the same reason. `lacking(model: ModelSpec, shape: ModelShape) ->
+    Iterable[tuple[str, str, str]]` says what this machine lacks (a key, a dataset): the setting it belongs to (or ""), what, and the fix.
+    The plan refuses; where not even the model is here it warns, because the run will be elsewhere.
 
     One that needs `measurements` judges what others measured (`context.measured`); its config dataclass may name them in a class variable
     `reads` (address -> settings), which is what `saehub eval` and the early look of a training run before it.

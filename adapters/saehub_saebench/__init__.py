@@ -12,7 +12,7 @@ def _evaluator(name: str, target: str, config: str, summary: str, needs: tuple[s
     return Component(
         name=name,
         target=f"saehub_saebench.{target}",
-        config=f"saehub_saebench.config:{config}",
+        config=f"saehub_saebench.{config}",
         requires=("sae_bench",),
         extra="saebench",
         summary=summary,
@@ -28,32 +28,32 @@ def saehub_evaluators() -> list[Component]:
         _evaluator(
             "core",
             "core:Core",
-            "CoreConfig",
+            "config:CoreConfig",
             "CE and KL recovered, explained variance, L0, shrinkage: SAEBench's numbers with corrected ones beside them",
             ("model", "tokens", "sequences"),
         ),
-        _evaluator("sae_probes", "probes:SaeProbes", "SaeProbesConfig", "k-sparse probes on up to 113 labelled texts that come with it: the most reliable"),
+        _evaluator("sae_probes", "probes:SaeProbes", "config:SaeProbesConfig", "k-sparse probes on up to 113 labelled texts that come with it: the most reliable"),
         _evaluator(
-            "sparse_probing", "sparse_probing:SparseProbing", "SparseProbingConfig", "k-sparse probes on SAEBench's eight datasets, or on labelled texts of yours"
+            "sparse_probing", "sparse_probing:SparseProbing", "config:SparseProbingConfig", "k-sparse probes on SAEBench's eight datasets, or on labelled texts of yours"
         ),
-        _evaluator("scr", "scr_tpp:Scr", "ScrConfig", "spurious correlation removal (with the published caution)"),
-        _evaluator("tpp", "scr_tpp:Tpp", "TppConfig", "targeted probe perturbation (with the published caution)"),
-        _evaluator("absorption", "absorption:Absorption", "AbsorptionConfig", "first-letter absorption and splitting, for models that can spell"),
+        _evaluator("scr", "scr_tpp:Scr", "config:ScrConfig", "spurious correlation removal (with the published caution)"),
+        _evaluator("tpp", "scr_tpp:Tpp", "config:TppConfig", "targeted probe perturbation (with the published caution)"),
+        _evaluator("absorption", "absorption:Absorption", "config:AbsorptionConfig", "first-letter absorption and splitting, for models that can spell"),
         _evaluator(
             "autointerp",
             "autointerp:Autointerp",
-            "AutointerpConfig",
+            "config:AutointerpConfig",
             "a judge explains latents and sorts examples; needs an OpenAI-compatible address",
             ("model", "tokens", "sequences"),
         ),
-        _evaluator("ravel", "ravel:Ravel", "RavelConfig", "RAVEL: cause, isolation and disentanglement of an entity's attributes"),
+        _evaluator("ravel", "ravel:Ravel", "config:RavelConfig", "RAVEL: cause, isolation and disentanglement of an entity's attributes"),
         _evaluator(
-            "unlearning", "unlearning:Unlearning", "UnlearningConfig", "how many questions an instruct model forgets, and keeps, when latents are clamped"
+            "unlearning", "unlearning:Unlearning", "config_unlearning:UnlearningConfig", "how many questions an instruct model forgets, and keeps, when latents are clamped"
         ),
         _evaluator(
             "meta_structure",
             "meta_structure:MetaStructure",
-            "MetaStructureConfig",
+            "config:MetaStructureConfig",
             "how much of the decoder a small SAE trained on its rows explains",
             (),
         ),

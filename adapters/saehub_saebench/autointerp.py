@@ -16,6 +16,7 @@ from saehub.api import EvalContext, EvalDataset
 from saehub.errors import StageFailed
 from saehub_saebench.config import AutointerpConfig
 from saehub_saebench.evaluator import BenchEvaluator, Key
+from saehub_saebench.lacking import judge
 from saehub_saebench.output import plain, provenance
 from saehub_saebench.rows import Scores
 from saehub_saebench.sae import BenchSAE
@@ -41,7 +42,7 @@ class Autointerp(BenchEvaluator):
         if not os.environ.get(self.config.api_key_env):
             raise StageFailed(
                 f"saebench/autointerp needs a judge, and {self.config.api_key_env} is not set",
-                fix=f"export {self.config.api_key_env}=…; a server of your own: also with: {{base_url: http://localhost:8000/v1}}",
+                fix=judge(self.config.api_key_env),
             )
         for dataset in context.datasets.values():
             if dataset.tokens.context <= 2 * self.config.buffer + 1:

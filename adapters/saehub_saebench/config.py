@@ -6,8 +6,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from saehub_saebench.lacking import of_the_wheel, unknown
+
 if TYPE_CHECKING:
-    from saehub.api import PlannedSAE
+    from saehub.api import ModelShape, ModelSpec, PlannedSAE
     from saehub_saebench.definitions import Definition
 
 SEEDS = (42, 43, 44)
@@ -39,6 +41,15 @@ class Autoencoders:
     """Whether it knows sites whose rows are attention heads side by side."""
     only: ClassVar[str | None] = None
     """The one kind of site (such as `resid_post`) that it reads, whatever it is told."""
+
+    evaluator: ClassVar[str] = ""
+    """The component's name."""
+
+    def lacking(self, model: ModelSpec | None, shape: ModelShape | None) -> Iterable[tuple[str, str, str]]:
+        """What this machine lacks: asked at plan."""
+        from saehub_saebench import lacking
+
+        return lacking.of(self.evaluator, self, model, shape)
 
     def refusal(self, sae: PlannedSAE) -> str | None:
         """Why an SAE will not be measured, or None."""
@@ -158,6 +169,9 @@ class SaeProbesConfig(Autoencoders):
         _check_positive(self, "ks", "max_seq_len", "llm_batch_size")
         if not self.dataset_names:
             raise ValueError("dataset_names is empty; name one or more, such as [117_us_state_FL]")
+        known = of_the_wheel()
+        if known and self.dataset_names != ("all",):
+            unknown(self.dataset_names, known, "sae-probes", "")
 
     @staticmethod
     def definitions() -> Mapping[str, Definition]:
@@ -180,10 +194,10 @@ PROBING = (
 )
 
 
-def _missing(evaluator: str, names: tuple[str, ...], data_dir: str | None) -> list[str]:
-    from saehub_saebench import hubdata
+def _missing(config: Autoencoders) -> list[str]:
+    from saehub_saebench import hubdata, lacking
 
-    return hubdata.warnings(names, data_dir, evaluator)
+    return hubdata.warnings(lacking.names(config), config.data_dir, config.evaluator, lacking.parts(config))
 
 
 def _files(names: tuple[str, ...], data_dir: str | None, own: Iterable[str | None] = ()) -> list[str]:
@@ -205,6 +219,8 @@ def _check_among(name: str, values: tuple[int, ...], allowed: tuple[int, ...]) -
 @dataclass(frozen=True)
 class SparseProbingConfig(Autoencoders):
     """Settings of `saebench/sparse_probing`: the defaults are the paper's."""
+
+    evaluator: ClassVar[str] = "sparse_probing"
 
     dataset_names: tuple[str, ...] = PROBING
     """SAEBench's datasets by their names there, and keys of `labelled`."""
@@ -235,6 +251,7 @@ class SparseProbingConfig(Autoencoders):
         _check_among("k_values", self.k_values, (1, 2, 5, 10, 20, 50, 100))
         if not self.dataset_names:
             raise ValueError("dataset_names is empty; name one or more")
+        unknown(self.published(), PROBING, "SAEBench", ", or your own texts: labelled: {NAME: FOLDER}")
 
     def published(self) -> tuple[str, ...]:
         """Datasets that SAEBench fetches itself."""
@@ -246,7 +263,7 @@ class SparseProbingConfig(Autoencoders):
 
     def warnings(self) -> list[str]:
         """For the plan: datasets that would have to be fetched."""
-        return _missing("sparse_probing", self.published(), self.data_dir)
+        return _missing(self)
 
     @staticmethod
     def definitions() -> Mapping[str, Definition]:
@@ -291,6 +308,7 @@ class _PerturbationConfig(Autoencoders):
         _check_among("n_values", self.n_values, (2, 5, 10, 20, 50, 100, 500))
         if not self.dataset_names:
             raise ValueError("dataset_names is empty; name one or both of SAEBench's")
+        unknown(self.dataset_names, (BIOS, AMAZON), "SAEBench", " here")
 
     def files(self) -> list[str]:
         """Datasets on this machine."""
@@ -301,6 +319,8 @@ class _PerturbationConfig(Autoencoders):
 class ScrConfig(_PerturbationConfig):
     """Settings of `saebench/scr`."""
 
+    evaluator: ClassVar[str] = "scr"
+
     pairs: dict[str, tuple[tuple[str, str], ...]] = field(default_factory=dict)
     """Dataset -> pairs of classes that are made spuriously correlated; SAEBench's four pairs each unless given."""
 
@@ -308,7 +328,7 @@ class ScrConfig(_PerturbationConfig):
         """For the plan: the published caution, and datasets that would have to be fetched."""
         from saehub_saebench.definitions import CAUTION
 
-        return [f"saebench/scr: {CAUTION}", *_missing("scr", self.dataset_names, self.data_dir)]
+        return [f"saebench/scr: {CAUTION}", *_missing(self)]
 
     @staticmethod
     def definitions() -> Mapping[str, Definition]:
@@ -322,11 +342,13 @@ class ScrConfig(_PerturbationConfig):
 class TppConfig(_PerturbationConfig):
     """Settings of `saebench/tpp`."""
 
+    evaluator: ClassVar[str] = "tpp"
+
     def warnings(self) -> list[str]:
         """For the plan: the published caution, and datasets that would have to be fetched."""
         from saehub_saebench.definitions import CAUTION
 
-        return [f"saebench/tpp: {CAUTION}", *_missing("tpp", self.dataset_names, self.data_dir)]
+        return [f"saebench/tpp: {CAUTION}", *_missing(self)]
 
     @staticmethod
     def definitions() -> Mapping[str, Definition]:
@@ -387,6 +409,8 @@ class AbsorptionConfig(Autoencoders):
 class AutointerpConfig(Autoencoders):
     """Settings of `saebench/autointerp`; the paper's, but for the text, which is the recipe's (there: 2 million tokens of the Pile)."""
 
+    evaluator: ClassVar[str] = "autointerp"
+
     n_latents: int = 1000
     """Latents that are explained and judged; all living ones, where there are fewer."""
     dead_latent_threshold: float = 15
@@ -435,6 +459,8 @@ RAVEL_PROMPTS = "adamkarvonen/ravel_prompts"
 class RavelConfig(Autoencoders):
     """Settings of `saebench/ravel`; the defaults are the paper's."""
 
+    evaluator: ClassVar[str] = "ravel"
+
     only: ClassVar[str | None] = "resid_post"
 
     entity_attribute_selection: dict[str, tuple[str, ...]] = field(
@@ -477,7 +503,15 @@ class RavelConfig(Autoencoders):
 
     def warnings(self) -> list[str]:
         """For the plan: prompts that would have to be fetched."""
-        return _missing("ravel", (RAVEL_PROMPTS,), self.data_dir)
+        return _missing(self)
+
+    def repositories(self) -> tuple[str, ...]:
+        """Where its prompts are."""
+        return (RAVEL_PROMPTS,)
+
+    def parts(self) -> dict[str, tuple[str, ...]]:
+        """The prompts of the chosen entities."""
+        return {RAVEL_PROMPTS: tuple(f"ravel_{entity}_*.json" for entity in self.entity_attribute_selection)}
 
     @staticmethod
     def definitions() -> Mapping[str, Definition]:
@@ -485,94 +519,3 @@ class RavelConfig(Autoencoders):
         from saehub_saebench.definitions import definitions
 
         return definitions("ravel")
-
-
-FORGET_FILE = "bio-forget-corpus.jsonl"
-WMDP, MMLU, WIKITEXT = "cais/wmdp", "cais/mmlu", "wikitext"
-TARGET = "wmdp-bio"
-
-
-@dataclass(frozen=True)
-class UnlearningConfig(Autoencoders):
-    """Settings of `saebench/unlearning`; the defaults are SAEBench's, chosen for Gemma-2-2B-it. It needs an instruct model that knows the answers."""
-
-    dataset_names: tuple[str, ...] = (TARGET, "high_school_us_history", "college_computer_science", "high_school_geography", "human_aging")
-    """Questions: `wmdp-bio`, to be unlearnt, and subjects of MMLU, to be kept."""
-    data_dir: str | None = None
-    """Folder that holds bio-forget-corpus.jsonl, and hub datasets under their names (`cais/wmdp` …); None: `data`, and for datasets the cache, or the hub."""
-    forget: str | None = None
-    """Text about what is to be forgotten: a file of lines {"text": …}. None: bio-forget-corpus.jsonl, which its authors hand out on request."""
-    retain: str | None = None
-    """Other text, likewise: latents that fire on it are left alone. None: wikitext-2, as in SAEBench."""
-    questions: dict[str, str] = field(default_factory=dict)
-    """Questions of your own in place of the hub's: name in `dataset_names` -> file of lines {"question": …, "choices": [4 texts], "answer": 0 to 3}."""
-    question_ids: str | None = None
-    """Folder like SAEBench's `question_ids`, of questions that the model is known to know; None: it is asked all, in every order of the choices."""
-    retain_thresholds: tuple[float, ...] = (0.001, 0.01)
-    """Latents that fire on more than this share of the tokens to retain are left alone."""
-    n_features_list: tuple[int, ...] = (10, 20)
-    """Latents that are clamped: those that fire most on the text to forget."""
-    multipliers: tuple[int, ...] = (25, 50, 100, 200)
-    """They are clamped to minus this wherever they fire, in units of the norm of their decoder rows."""
-    dataset_size: int = 1024
-    """Sequences on which firing is counted."""
-    seq_len: int = 1024
-    """Their length."""
-    llm_batch_size: int = 4
-    """Sequences in one forward pass; twice as many questions."""
-    seeds: tuple[int, ...] = SEEDS
-    """Which texts are read, and in what order."""
-
-    def __post_init__(self) -> None:
-        _check_seeds(self.seeds)
-        _check_positive(self, "n_features_list", "multipliers", "dataset_size", "seq_len", "llm_batch_size")
-        if not self.retain_thresholds or any(not 0 < value <= 1 for value in self.retain_thresholds):
-            raise ValueError(f"retain_thresholds is {list(self.retain_thresholds)}; shares of tokens, above 0, are needed")
-        kept = [name for name in self.dataset_names if name not in (TARGET, "college_biology")]
-        if TARGET not in self.dataset_names or not kept:
-            raise ValueError(f"dataset_names is {list(self.dataset_names)}; SAEBench needs {TARGET} to unlearn, and something to keep (it leaves college_biology out)")
-        unknown = [name for name in self.questions if name not in self.dataset_names]
-        if unknown:
-            raise ValueError(f"questions names {', '.join(unknown)}, which dataset_names does not")
-
-    def repositories(self) -> tuple[str, ...]:
-        """Hub datasets that are needed beside one's own files."""
-        asked = [WMDP if name == TARGET else MMLU for name in self.dataset_names if name not in self.questions]
-        return tuple(dict.fromkeys([*asked, *([] if self.retain else [WIKITEXT])]))
-
-    def forget_file(self) -> str:
-        """Where the texts to forget are."""
-        from pathlib import Path
-
-        from saehub_saebench.hubdata import DATA_DIR
-
-        return str(Path(self.forget or Path(self.data_dir or DATA_DIR) / FORGET_FILE).expanduser().absolute())
-
-    def files(self) -> list[str]:
-        """Texts and questions on this machine."""
-        return _files(self.repositories(), self.data_dir, (self.forget_file(), self.retain, self.question_ids, *self.questions.values()))
-
-    def how_to_get_the_corpus(self) -> str:
-        """For errors and the plan."""
-        from saehub_saebench.hubdata import DATA_DIR
-
-        return (
-            f"ask for {FORGET_FILE} (the form on https://huggingface.co/datasets/cais/wmdp-corpora) and put it into {self.data_dir or DATA_DIR}; "
-            'or with: {forget: FILE} of lines {"text": …} of your own'
-        )
-
-    def warnings(self) -> list[str]:
-        """For the plan: what would have to be fetched, or asked for."""
-        from pathlib import Path
-
-        told = _missing("unlearning", self.repositories(), self.data_dir)
-        if not self.forget and not Path(self.forget_file()).is_file():
-            told.append(f"saebench/unlearning needs text about what is to be forgotten: {self.how_to_get_the_corpus()}")
-        return told
-
-    @staticmethod
-    def definitions() -> Mapping[str, Definition]:
-        """Definition id -> title and formula, for reports."""
-        from saehub_saebench.definitions import definitions
-
-        return definitions("unlearning")

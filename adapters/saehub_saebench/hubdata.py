@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+import shlex
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,6 +16,13 @@ DATA_DIR = "data"
 
 MOVED = {"wikitext": "Salesforce/wikitext"}
 """Name that SAEBench uses -> where the hub has it."""
+PARTS = {
+    "codeparrot/github-code": ("github-code.py", "data/train-0000[0-3]-*"),  # of 1,126 files: SAEBench reads a few thousand texts from the first ones
+    "Helsinki-NLP/europarl": ("README.md", "de-en/*", "en-fr/*", "es-fr/*", "fr-it/*", "nl-pt/*"),
+    "wikitext": ("README.md", "wikitext-2-raw-v1/*"),
+    "cais/wmdp": ("README.md", "wmdp-bio/*"),
+}
+"""Hub dataset -> patterns of the files that SAEBench reads of it; of others it reads all."""
 
 
 def repository(name: str) -> str:
@@ -22,9 +30,10 @@ def repository(name: str) -> str:
     return name.split("_class_set")[0].removesuffix("_sentiment")
 
 
-def fetch_command(repo: str, data_dir: str | None, kind: str = "dataset") -> str:
-    """The command that puts a repository where `data_dir` expects it."""
-    return f"hf download {MOVED.get(repo, repo)} --repo-type {kind} --local-dir {Path(data_dir or DATA_DIR) / repo}"
+def fetch_command(repo: str, data_dir: str | None, parts: Iterable[str] = ()) -> str:
+    """The command that puts what is read of a dataset where `data_dir` expects it."""
+    chosen = "".join(f" --include {shlex.quote(pattern)}" for pattern in parts or PARTS.get(repo, ()))
+    return f"hf download {MOVED.get(repo, repo)} --repo-type dataset{chosen} --local-dir {shlex.quote(str(Path(data_dir or DATA_DIR) / repo))}"
 
 
 def local_folder(repo: str, data_dir: str | None) -> Path | None:
@@ -55,13 +64,13 @@ def offline() -> bool:
     return any(os.environ.get(name, "").upper() in ("1", "TRUE", "YES", "ON") for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"))
 
 
-def commands(repos: Iterable[str], data_dir: str | None) -> str:
-    """Every fetch command, and the setting that goes with them."""
-    lines = "; ".join(fetch_command(repo, data_dir) for repo in repos)
+def commands(repos: Iterable[str], data_dir: str | None, parts: Mapping[str, Iterable[str]] | None = None) -> str:
+    """Every fetch command, and the setting that goes with them; `parts` names files of some of them."""
+    lines = "; ".join(fetch_command(repo, data_dir, (parts or {}).get(repo, ())) for repo in repos)
     return f"{lines} (then with: {{data_dir: {data_dir or DATA_DIR}}})"
 
 
-def require(names: Iterable[str], data_dir: str | None, evaluator: str) -> None:
+def require(names: Iterable[str], data_dir: str | None, evaluator: str, parts: Mapping[str, Iterable[str]] | None = None) -> None:
     """StageFailed that names every missing dataset, and how to get it, where the hub is switched off."""
     missing = absent(names, data_dir)
     if missing and offline():
@@ -69,14 +78,14 @@ def require(names: Iterable[str], data_dir: str | None, evaluator: str) -> None:
             f"saebench/{evaluator} needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not on this machine",
             where="data_dir",
             why="the hub is switched off (HF_HUB_OFFLINE)",
-            fix=commands(missing, data_dir),
+            fix=commands(missing, data_dir, parts),
         )
 
 
-def warnings(names: Iterable[str], data_dir: str | None, evaluator: str) -> list[str]:
-    """What a plan says about datasets that a run would have to fetch."""
-    missing = absent(names, data_dir)
-    return [f"saebench/{evaluator} will fetch {', '.join(missing)} from the hub; to have them before: {commands(missing, data_dir)}"] if missing else []
+def warnings(names: Iterable[str], data_dir: str | None, evaluator: str, parts: Mapping[str, Iterable[str]] | None = None) -> list[str]:
+    """What a plan says about datasets that a run would have to fetch; with the hub switched off they are lacking (`saehub_saebench.lacking`)."""
+    missing = [] if offline() else absent(names, data_dir)
+    return [f"saebench/{evaluator} will fetch {', '.join(missing)} from the hub; to have them before: {commands(missing, data_dir, parts)}"] if missing else []
 
 
 @contextmanager

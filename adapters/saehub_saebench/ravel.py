@@ -54,7 +54,7 @@ class Ravel(BenchEvaluator):
         absent = [path.name for path in self._files() if not path.is_file()]
         if absent and (self.config.data_dir or hubdata.offline()):
             raise StageFailed(
-                f"saebench/ravel needs {', '.join(absent)}", where="data_dir", fix=hubdata.commands([RAVEL_PROMPTS], self.config.data_dir)
+                f"saebench/ravel needs {', '.join(absent)}", where="data_dir", fix=hubdata.commands([RAVEL_PROMPTS], self.config.data_dir, self.config.parts())
             )
 
     def _folder(self) -> Path:

@@ -15,7 +15,7 @@ from saehub.api import EvalContext
 from saehub.errors import StageFailed, UsageError
 from saehub.jsonio import hash_json, sha256_file
 from saehub_saebench import hubdata
-from saehub_saebench.config import TARGET, UnlearningConfig
+from saehub_saebench.config_unlearning import TARGET, UnlearningConfig
 from saehub_saebench.definitions import BY_EVALUATOR
 from saehub_saebench.evaluator import BenchEvaluator, Key
 from saehub_saebench.isolation import replaced
@@ -57,7 +57,7 @@ class Unlearning(BenchEvaluator):
         """An instruct model whose prompts SAEBench can put, and every text and question."""
         self._prompt = prompt_format(context.model.tokenizer, context.model.spec.name)
         self._own = {name: questions(Path(path)) for name, path in self.config.questions.items()}
-        hubdata.require(self.config.repositories(), self.config.data_dir, self.name)
+        hubdata.require(self.config.repositories(), self.config.data_dir, self.name, self.config.parts())
         if not self._forget.is_file():
             raise StageFailed(
                 f"saebench/unlearning needs text about what is to be forgotten, and {self._forget} is not there",

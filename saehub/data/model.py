@@ -88,6 +88,16 @@ def local_files(name: str, revision: str | None = None) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
+def has_chat_template(spec: ModelSpec) -> bool | None:
+    """Whether the model's tokenizer can format conversations, by its files; None where they are not on this machine. Loads nothing."""
+    folder = local_files(spec.name, spec.revision)
+    if folder is None or not (folder / "tokenizer_config.json").is_file():
+        return None
+    if any(folder.glob("chat_template*")) or any(folder.glob("additional_chat_templates/*")):
+        return True
+    return bool(read_json(folder / "tokenizer_config.json").get("chat_template"))
+
+
 def _not_here(name: str, revision: str | None, said: str | None = None) -> UsageError:
     at = f" (revision {revision})" if revision else ""
     return UsageError(

@@ -243,6 +243,8 @@ class _Planner:
     # Tokens
 
     def _tokens(self) -> None:
+        from saehub.data.model import has_chat_template
+
         data = self.recipe.data
         if not self.needs_text:
             return
@@ -257,6 +259,8 @@ class _Planner:
                 f"{self.policy['context']} is longer than the {self.shape.context} tokens that {self.recipe.model.name} accepts",
                 f"context: {self.shape.context}, or less",
             )
+        if self.policy["template"] == "chat" and self.contents and self.model and has_chat_template(self.model) is False:
+            self._problem("data.train.template", f"the tokenizer of {self.model.name} has no chat template", "an instruct model, or no template")
         calibration = self.recipe.extract.calibration
         if self.recipe.train:
             self._token_stage("train", train.mix, train.tokens, calibration, train.repeat, {"share": [entry.weight for entry in train.mix]})
@@ -449,6 +453,7 @@ class _Planner:
             name = entry.id or registered.address
             groups = [chosen] if "several_saes" in needs else [[stage] for stage in chosen]
             self.warnings += map(str, config.warnings() if chosen and hasattr(config, "warnings") else ())
+            made = []
             for group in groups:
                 suffix = "" if "several_saes" in needs else "/" + group[0].id.partition("/")[2]
                 measured = self._measured_about(group) if "measurements" in needs else []
@@ -472,7 +477,21 @@ class _Planner:
                 inputs = (*(f"tokens/{dataset}" for dataset in text), *(stage.id for stage in [*group, *measured]))
                 spec = {"config": config, "subjects": [stage.id for stage in group], "seed": derive("evaluate", name, self.recipe.seed), "entry": index}
                 stage = Stage(f"evaluate/{name}{suffix}", "evaluate", key, Path(), registered.address, inputs, spec=spec, detail={"datasets": list(text)})
-                self.stages.append(self._locate(stage, registered))
+                made.append(self._locate(stage, registered))
+            self.stages += made
+            if self.contents and hasattr(config, "lacking") and not all(stage.cached for stage in made):
+                self._lacking(f"evaluate.{entry.id or entry.uses}", registered.address, config)
+
+    def _lacking(self, path: str, address: str, config: Any) -> None:
+        """What this machine lacks to run an evaluator; where the model itself is not here, it will run elsewhere, and that is a warning."""
+        for setting, what, fix in config.lacking(self.model, self.shape):
+            if "@?" in (self.fingerprint or ""):
+                self.warnings.append(f"{address}: {what}; where it runs: {fix}")
+            else:
+                self._problem(f"{path}.with.{setting}" if setting in getattr(self._entry(path), "with_", {}) else path, f"{address}: {what}", fix)
+
+    def _entry(self, path: str) -> Any:
+        return next((entry for entry in self.recipe.evaluate if path == f"evaluate.{entry.id or entry.uses}"), None)
 
     def _measured_about(self, group: list[Stage]) -> list[Stage]:
         """The evaluations planned so far that measure an SAE of `group`."""

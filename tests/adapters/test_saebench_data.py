@@ -128,8 +128,24 @@ def test_a_missing_dataset_is_named_with_the_command_that_fetches_it(monkeypatch
     for repo in ("fancyzhx/ag_news", "canrager/amazon_reviews_mcauley_1and5"):
         assert f"hf download {repo} --repo-type dataset --local-dir {tmp_path / 'mine' / repo}" in error.value.fix
     assert "bias_in_bios" not in error.value.fix
-    (told,) = SparseProbingConfig(dataset_names=names, data_dir=str(tmp_path / "mine")).warnings()
-    assert "hf download fancyzhx/ag_news" in told
+    config = SparseProbingConfig(dataset_names=names, data_dir=str(tmp_path / "mine"))
+    assert config.warnings() == []  # nothing will be fetched: it is lacking
+    assert [(setting, fix) for setting, _, fix in config.lacking(None, None)] == [("data_dir", error.value.fix)]
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    (told,) = config.warnings()
+    assert "hf download fancyzhx/ag_news" in told and not list(config.lacking(None, None))
+
+
+def test_the_names_are_the_librarys():
+    from sae_bench.evals.scr_and_tpp.main import COLUMN2_VALS_LOOKUP
+    from sae_bench.sae_bench_utils.dataset_info import chosen_classes_per_dataset
+    from sae_probes import DATASETS
+    from saehub_saebench.config import AMAZON, BIOS, PROBING
+    from saehub_saebench.lacking import RAVEL_FAMILIES, of_the_wheel
+    from saehub_saebench.ravel import LAYERS
+
+    assert set(PROBING) == set(chosen_classes_per_dataset) and {BIOS, AMAZON} == set(COLUMN2_VALS_LOOKUP)
+    assert set(DATASETS) <= set(of_the_wheel()) and set(RAVEL_FAMILIES) == set(LAYERS)
 
 
 def test_a_changed_local_dataset_is_not_read_from_an_old_cache(monkeypatch, tmp_path):
@@ -230,7 +246,7 @@ def test_ravel_without_its_prompts_is_refused_with_the_command_that_fetches_them
     for config, folder in ((RavelConfig(data_dir=str(tmp_path / "none")), tmp_path / "none"), (RavelConfig(), Path("data"))):
         with pytest.raises(StageFailed, match=r"needs ravel_city_entity_attributes\.json, .*ravel_nobel_prize_winner_entity_to_split\.json") as error:
             Ravel(config).evaluate(there)
-        assert f"hf download adamkarvonen/ravel_prompts --repo-type dataset --local-dir {folder / 'adamkarvonen' / 'ravel_prompts'}" in error.value.fix
+        assert f"hf download adamkarvonen/ravel_prompts --repo-type dataset --include 'ravel_city_*.json' --include 'ravel_nobel_prize_winner_*.json' --local-dir {folder / 'adamkarvonen' / 'ravel_prompts'}" in error.value.fix
     (tmp_path / "plain").mkdir()
     plain = Stage(tmp_path / "plain")
     with pytest.raises(StageFailed, match="would read the token after the entity"):

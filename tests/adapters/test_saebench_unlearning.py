@@ -37,7 +37,7 @@ def settings(stage, tmp_path_factory) -> dict:
 
 
 def config_of(settings: dict, **changes):
-    from saehub_saebench.config import UnlearningConfig
+    from saehub_saebench.config_unlearning import UnlearningConfig
 
     return UnlearningConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in {**settings, **changes}.items()})
 
@@ -169,8 +169,8 @@ def test_what_is_missing_or_malformed_is_said_before_work(stage, settings, tmp_p
     nothing = config_of(settings, questions={}, retain=None, forget=None, data_dir=str(tmp_path))
     with pytest.raises(StageFailed, match="needs cais/wmdp, cais/mmlu, wikitext") as error:
         measured(stage, tmp_path, sae, nothing)
-    assert f"hf download Salesforce/wikitext --repo-type dataset --local-dir {tmp_path / 'wikitext'}" in error.value.fix
-    assert len(nothing.warnings()) == 2 and "hf download cais/mmlu" in nothing.warnings()[0]
+    assert f"hf download Salesforce/wikitext --repo-type dataset --include README.md --include 'wikitext-2-raw-v1/*' --local-dir {tmp_path / 'wikitext'}" in error.value.fix
+    assert nothing.warnings() == [] and [setting for setting, _, _ in nothing.lacking(None, None)] == ["forget", "data_dir"]
     with pytest.raises(StageFailed, match=r"data/bio-forget-corpus\.jsonl is not there") as error:
         measured(stage, tmp_path, sae, config_of(settings, forget=None))
     assert "huggingface.co/datasets/cais/wmdp-corpora" in error.value.fix
