@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
+from functools import lru_cache
 from importlib import metadata
 from typing import Any
 
@@ -31,6 +32,7 @@ def describe(device: str | None = None) -> dict[str, Any]:
     return found
 
 
+@lru_cache(maxsize=1)
 def processor() -> str:
     """The processor's own name, such as `AMD EPYC`; where the system does not say, its architecture."""
     try:
@@ -41,7 +43,9 @@ def processor() -> str:
     return named or platform.processor() or platform.machine()
 
 
+@lru_cache(maxsize=len(LIBRARIES))
 def _version(name: str) -> str | None:
+    # Of this process, which keeps what it has imported: every saved state records it, and reading metadata takes milliseconds.
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

@@ -1,4 +1,8 @@
-"""Runs a recipe in this process and kills it (SIGKILL) at the moment named on the command line; states are kept for the test to compare."""
+"""Runs a recipe in this process and kills it (SIGKILL) at the moment named on the command line; states are kept for the test to compare.
+
+A job whose id ends in `-int8`, `-bfloat16`, `-float32` or `-reference` begins with those kernels. One that goes on is offered others: what its
+state was trained with has to overrule that.
+"""
 
 import os
 import shutil
@@ -7,6 +11,7 @@ import sys
 from pathlib import Path
 
 RECIPE, MOMENT, AT, KEEP = sys.argv[1], sys.argv[2], int(sys.argv[3]), Path(sys.argv[4])
+KERNELS = {"int8": "cpu:int8", "bfloat16": "cpu:bfloat16", "float32": "cpu:float32", "reference": "reference"}
 
 
 def die() -> None:
@@ -30,6 +35,18 @@ def after(calls: int, function, early: bool = False):
     return wrapped
 
 
+def with_kernels(begin):
+    """`Progress.__init__`, with the kernels that the job's id names."""
+
+    def begun(self, context, stage):
+        begin(self, context, stage)
+        word, others = self.job.id.rpartition("-")[2], list(KERNELS.values())
+        if word in KERNELS:
+            os.environ["SAEHUB_KERNELS"] = others[others.index(KERNELS[word]) - any(self.folder.glob("step-*"))]
+
+    return begun
+
+
 def main() -> None:
     import torch
 
@@ -37,7 +54,7 @@ def main() -> None:
     import safetensors.torch
     from saehub_native import extract, train as native
 
-    from saehub.pipeline import resume, train
+    from saehub.pipeline import progress, resume, train
 
     drop = train.drop_states
 
@@ -46,8 +63,11 @@ def main() -> None:
         drop(folder)
 
     train.drop_states = keep_then_drop
+    progress.Progress.__init__ = with_kernels(progress.Progress.__init__)
     if MOMENT == "inside a block":
         native.NativeSession.step = after(AT, native.NativeSession.step)
+    elif MOMENT == "inside a step":  # gradients are there, some weights are not updated yet
+        native.clip = after(AT, native.clip)
     elif MOMENT == "while extracting":
         session = extract.HFSession
         session.rows = after(AT, session.rows, early=True)
@@ -68,9 +88,9 @@ def main() -> None:
         resume.write_json_atomic = after(AT, resume.write_json_atomic)
     elif MOMENT == "while publishing":
         train.finish = after(AT, train.finish)
-    import saehub
+    from saehub.cli.main import run
 
-    saehub.run(RECIPE)
+    sys.exit(run(["recipe", "run", RECIPE]))
 
 
 if __name__ == "__main__":
