@@ -27,6 +27,7 @@ def saehub_extractors() -> list[Component]:
             config="saehub_native.extract_config:HFConfig",
             needs=("model", "tokens"),
             summary="activations of any Hugging Face model: one forward pass for all sites, stopped after the deepest",
+            cache_version=2,  # pieces of a batch, and in bfloat16 fewer roundings
         ),
         Component(
             name="files",

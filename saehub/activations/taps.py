@@ -99,7 +99,7 @@ def read(
         taps: name -> where; two names may share a tap.
         stop: False runs the base model to its end.
         split: sequences a forward pass; None: all in one.
-        run: `run(piece, n)` calls `piece(0)` … `piece(n - 1)`, one a forward pass, on whichever threads it likes; None: one after the other.
+        run: `run(piece, n)` calls `piece(0)` … `piece(n - 1)`, one a forward pass, on any threads; None: one after the other.
 
     Returns: name -> [batch, positions, d] in the model's dtype, copies that no later operation of the model can change.
     Raises: UsageError for a module that does not exist; StageFailed for one that did not run or holds no tensor.
