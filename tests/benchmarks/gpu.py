@@ -116,7 +116,7 @@ def compile_all(only: list[str] | None = None, capability: int = 90) -> Iterator
         ),
         f,
     )
-    floats |= dict.fromkeys(("beta1", "beta2", "eps", "tiny", "weight"), "fp32")
+    floats |= dict.fromkeys(("new1", "beta2", "new2", "eps", "tiny", "weight"), "fp32")
     listed = {"rows_ptr": i, "count_ptr": i, "list_ptr": i, "x_ptr": f, "b_ptr": f, "out_ptr": f}
 
     def dead_ways() -> Iterator[tuple[dict, dict]]:

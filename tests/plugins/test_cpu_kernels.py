@@ -196,6 +196,17 @@ def test_clipping_projection_adam_and_norm_equal_the_dense_steps_in_float64(larg
     assert torch.allclose(ours["W_dec"].norm(dim=1), torch.ones(200), atol=1e-6)
 
 
+def test_a_step_takes_its_share_of_a_gradient_from_float64():
+    """1 − 0.999 in float32 is 1.3e-5 too small, and a run would drift away from the plain path by that much of every step."""
+    sums, _ = pairs(200, 12, 0)
+    g, params = sums.dense().double(), {"W": torch.zeros(200, 12)}
+    adam = Adam(params, (0.9, 0.999))
+    adam.step({"W": sums}, 1e-3)
+    there = g.abs() > 1e-3
+    assert float((adam.m["W"].double() / (0.1 * g) - 1)[there].abs().max()) < 1e-6
+    assert float((adam.v["W"].double() / (0.001 * g.square()) - 1)[there].abs().max()) < 2e-6
+
+
 def test_blocks_of_latents_are_joined_and_copies_of_weights_follow_every_kind_of_change():
     (first, a), (second, b) = pairs(40, 12, 1), pairs(30, 12, 2)
     first.extra = second.extra = None
@@ -323,7 +334,7 @@ def test_an_error_in_any_thread_is_raised():
     ids=lambda config: config.architecture(),
 )
 def test_training_follows_the_plain_path(monkeypatch, config):
-    """Later the two drift apart as any two roundings do; tests/benchmarks/train_step.py compares the FVU at the end of long runs."""
+    """Later the two drift apart as any two roundings do; tests/benchmarks/train_fvu.py compares the FVU at the end."""
     rows = make_rows(60 * BATCH)
     losses = {}
     for kernels in ("reference", "cpu"):

@@ -319,7 +319,7 @@ class CpuKernels(ReferenceKernels):
         ranked = self.ranker.fresh(W_FD)
         code, smooth, low16, low8, scale = self.ranker.copies() if ranked else NO_COPIES
         beta1, beta2 = optimizer.betas
-        numbers = tuple(np.float32(v) for v in (sums.factor, beta1, beta2, size, spread, optimizer.eps))
+        numbers = tuple(np.float32(v) for v in (sums.factor, 1 - beta1, beta2, 1 - beta2, size, spread, optimizer.eps))
         slots, extra = sums.slots_F().numpy(), _extra(sums)
         weights = tuple(t.numpy() for t in (W_FD, m_FD, v_FD))
         ranges = self._each_part(sums, LATENTS_A_PIECE)

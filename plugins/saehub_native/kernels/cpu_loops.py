@@ -215,12 +215,12 @@ def bound_latents(start, stop, offset_F, row_N, place_N, weight_N, norm_B, slot_
 
 
 @jit
-def _adam(p_D, m_D, v_D, g_D, factor, beta1, beta2, size, spread, eps):
-    one = np.float32(1)
+def _adam(p_D, m_D, v_D, g_D, factor, new1, beta2, new2, size, spread, eps):
+    # new1 = 1 − β₁ and new2 = 1 − β₂ come from float64: in float32, 1 − 0.999 is off by 1.3e-5, and every step with it
     for i in range(p_D.shape[0]):
         g = g_D[i] * factor
-        m = m_D[i] + (one - beta1) * (g - m_D[i])
-        v = v_D[i] * beta2 + (one - beta2) * g * g
+        m = m_D[i] + new1 * (g - m_D[i])
+        v = v_D[i] * beta2 + new2 * g * g
         m_D[i] = m
         v_D[i] = v
         p_D[i] -= size * m / (np.sqrt(v) / spread + eps)
@@ -228,8 +228,8 @@ def _adam(p_D, m_D, v_D, g_D, factor, beta1, beta2, size, spread, eps):
 
 @jit
 def update_latents(
-    start, stop, offset_F, row_N, place_N, weight_N, source_BD, slot_F, extra_ED, sphere, tiny, W_FD, m_FD, v_FD, factor, beta1, beta2,
-    size, spread, eps, kind, smooth_D, low16_FD, low8_FD, low_scale_F,
+    start, stop, offset_F, row_N, place_N, weight_N, source_BD, slot_F, extra_ED, sphere, tiny, W_FD, m_FD, v_FD, factor, new1, beta2,
+    new2, size, spread, eps, kind, smooth_D, low16_FD, low8_FD, low_scale_F,
 ):  # fmt: skip
     """Gradient, projection, Adam, unit norm and low-precision copy of latents start … stop − 1, each while its row is in cache."""
     d = W_FD.shape[1]
@@ -240,7 +240,7 @@ def update_latents(
         some = _sum_pairs(f, offset_F, row_N, place_N, weight_N, source_BD, slot_F, extra_ED, g_D)
         if sphere and some:
             _project(g_D, w_D)
-        _adam(w_D, m_FD[f], v_FD[f], g_D, factor, beta1, beta2, size, spread, eps)
+        _adam(w_D, m_FD[f], v_FD[f], g_D, factor, new1, beta2, new2, size, spread, eps)
         if sphere:
             inverse = np.float32(1) / max(np.sqrt(dot(w_D, w_D)), tiny)
             for i in range(d):

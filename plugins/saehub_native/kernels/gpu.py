@@ -292,7 +292,8 @@ class GpuKernels(BatchChoice, DeadLatents, ReferenceKernels):
             firing = part.firing
             self.on_latents.latents[(part.n_latents,)](
                 firing.offsets_F, firing.counts_F, firing.rows_N, firing.order_N, part.weights_N, part.source_BD, slots_F[here], extra,
-                W_FD[here], m[0][here], v[0][here], m[1][here], v[1][here], out[here], scalars, before, d, *betas, eps, TINY,
+                W_FD[here], m[0][here], v[0][here], m[1][here], v[1][here], out[here], scalars, before, d,
+                1 - betas[0], betas[1], 1 - betas[1], eps, TINY,
                 SPHERE=sums.sphere, EXTRA=sums.extra is not None, SHADOW=shadow, MODE=mode, BITS=bits, D=D, BLOCK=min(256, D), num_warps=warps_for(D),
             )  # fmt: skip
             before += part.n_latents

@@ -138,7 +138,7 @@ STORE, SQUARE, UPDATE = 0, 1, 2
 @triton.jit
 def latents(
     offsets_ptr, counts_ptr, rows_ptr, order_ptr, weights_ptr, source_ptr, slots_ptr, extra_ptr, W_ptr, m_ptr, v_ptr,
-    m_scale_ptr, v_scale_ptr, out_ptr, numbers_ptr, first, d, beta1, beta2, eps, tiny,
+    m_scale_ptr, v_scale_ptr, out_ptr, numbers_ptr, first, d, new1, beta2, new2, eps, tiny,
     SPHERE: tl.constexpr, EXTRA: tl.constexpr, SHADOW: tl.constexpr, MODE: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One latent of W [n, d]: pairs `offsets … offsets + counts` of (rows, weights[order]); `out` is [n, d] (0: the gradient times the factor;
@@ -184,8 +184,8 @@ def latents(
                 m = decoded(m_code & 127, 127) * tl.load(m_scale_ptr + scales, mask=inside, other=0.0)
                 m = tl.where(m_code > 127, -m, m)
                 v = decoded(v_code, 255) * tl.load(v_scale_ptr + scales, mask=inside, other=0.0)
-            m += (g - m) * (1.0 - beta1)
-            v = v * beta2 + (1.0 - beta2) * g * g
+            m += (g - m) * new1
+            v = v * beta2 + new2 * g * g
             W -= size * m / (tl.sqrt(v) / spread + eps)
             if SPHERE:
                 W = W / tl.maximum(tl.sqrt(tl.sum(W * W)), tiny)
