@@ -7,6 +7,7 @@ is replaced only if it computes, on random inputs, what the loops compute. What 
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from typing import Any
@@ -28,6 +29,14 @@ ACTIVATIONS = {"SiLU": (1.0, 0.0), "GELU with tanh": (GELU, 0.044715 * GELU), "q
 """(linear, cubic) of `extract_loops.activate`."""
 LONGEST = 4096
 """Positions beyond which torch's own attention is used: ours holds the keys and values of one head in float32."""
+HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
+"""Where torch keeps a module's hooks."""
 MORE = ("past_key_values", "past_key_value", "is_causal", "position_bias")
 """Of an attention's arguments: with any of these set, the module's own code runs."""
 
@@ -51,21 +60,25 @@ def fused(model_hf: nn.Module) -> nn.Module | None:
     except ImportError:  # numba is there but does not work with this Python or numpy
         return None
     work = Work(loops)
-    twin = _twin(model_hf, {})
+    made: dict[nn.Module, nn.Module] = {}
+    twin = _twin(model_hf, made)
     with torch.inference_mode():
         found = [(module, forward) for module in twin.modules() if (forward := _faster(module, work)) is not None]
     for module, forward in found:
         module.forward = forward
+    for module, copy in made.items():
+        vars(copy).update({name: vars(module)[name] for name in HOOKS})
     return twin if found else None
 
 
-def _twin(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
-    """A copy of the tree alone: parameters, buffers, hooks and everything else are shared."""
-    if id(module) not in made:
-        made[id(module)] = twin = module.__class__.__new__(module.__class__)
+def _twin(module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
+    """A copy of the tree alone, without hooks: none sees the random inputs. Parameters, buffers and everything else are shared."""
+    if module not in made:
+        made[module] = twin = module.__class__.__new__(module.__class__)
         vars(twin).update(vars(module))
+        vars(twin).update({name: OrderedDict() for name in HOOKS})
         vars(twin)["_modules"] = {name: child if child is None else _twin(child, made) for name, child in module._modules.items()}
-    return made[id(module)]
+    return made[module]
 
 
 def _faster(module: nn.Module, work: Work) -> Forward | None:

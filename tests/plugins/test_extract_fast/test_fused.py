@@ -123,7 +123,11 @@ def test_rows_are_nearer_to_float32_than_those_of_the_plain_model_in_bfloat16(to
 @pytest.mark.quick
 def test_the_model_itself_is_left_alone_and_its_parameters_are_shared(toys):
     low, _ = toy("llama")
+    inside = []
+    handle = low.model.layers[0].self_attn.q_proj.register_forward_hook(lambda *_: inside.append(1))
     twin = fused(low)
+    assert not inside  # hooks see no random inputs
+    handle.remove()
     assert not any("forward" in vars(module) for module in low.modules())
     assert all(a is b for a, b in zip(low.parameters(), twin.parameters(), strict=True))
     assert [name for name, _ in low.named_modules()] == [name for name, _ in twin.named_modules()]
