@@ -11,7 +11,6 @@ from torch import Tensor
 if TYPE_CHECKING:
     from saehub_native.kernels import Kernels
 
-SPARSE_FROM = 3  # dead latents for each one selected, from which the sparse step is the cheaper one
 CHUNK_BYTES = 32 << 20  # bytes of one [rows, dead latents] tensor
 
 
@@ -34,30 +33,20 @@ def add_auxk(
         L_aux = Σ|ê − e|² / Σ|e − ē|²,  with the residual e = y − x̂ taken as a constant.
     With R = ê − e, G = 2αR / Σ|e − ē|² and δ = (G W_decᵀ)·[a > 0]:
         ∂W_dec = aᵀG,  ∂W_enc = δᵀx',  ∂b_enc = Σ_b δ_b.
-    Over the dead latents only: as dense matrices in chunks of rows, or, where k_aux is a small part of them and `kernels` has a companion,
-    as the sparse step that it is. `signed`: the k_aux largest by |p|, no ReLU, [a ≠ 0].
+    Over the dead latents only: as dense matrices in chunks of rows, or as `kernels` do it. `signed`: the k_aux largest by |p|, no ReLU, [a ≠ 0].
     """
     if alpha == 0:
         return residual_BD.new_zeros(())
-    if kernels is not None and kernels.name == "gpu" and kernels.lazy:  # the same, where nobody waits to hear how many are dead
-        return kernels.add_auxk(grads, params, centred_BD, residual_BD, dead_F, k_aux, alpha, signed)
+    if kernels is not None:
+        loss = kernels.add_auxk(grads, params, centred_BD, residual_BD, dead_F, k_aux, alpha, signed)
+        if loss is not None:
+            return loss
     dead_N = dead_F.nonzero().squeeze(1)
     n_dead = dead_N.numel()
     if n_dead == 0:
         return residual_BD.new_zeros(())
     W_enc_ND, b_enc_N, W_dec_ND = params["W_enc"][dead_N], params["b_enc"][dead_N], params["W_dec"][dead_N]
     spread = (residual_BD - residual_BD.mean(0)).square_().sum().clamp_min(torch.finfo(residual_BD.dtype).tiny)
-    sparse = kernels.companion() if kernels is not None and n_dead >= SPARSE_FROM * k_aux else None
-    if sparse is not None:
-        values_BK, indices_BK = sparse.encode_select(centred_BD, W_enc_ND, b_enc_N, k_aux, "abs" if signed else "top")
-        miss_BD = residual_BD.clone()
-        _, grad_BD, delta_BK, error = sparse.reconstruct(miss_BD, values_BK, indices_BK, W_dec_ND, alpha / float(spread))
-        firing = sparse.group(indices_BK, n_dead, values_BK)
-        g_enc_ND = sparse.latent_sums(firing, delta_BK, centred_BD)
-        g_dec_ND = sparse.latent_sums(firing, values_BK, grad_BD)
-        g_b_N = sparse.latent_sums(firing, delta_BK, residual_BD.new_ones(residual_BD.shape[0], 1)).squeeze(1)
-        _add(grads, dead_N, g_enc_ND, g_dec_ND, g_b_N)
-        return alpha * error / spread
     g_enc_ND, g_b_N, g_dec_ND = torch.zeros_like(W_enc_ND), torch.zeros_like(b_enc_N), torch.zeros_like(W_dec_ND)
     error = residual_BD.new_zeros(())
     chunk = max(64, CHUNK_BYTES // (4 * n_dead))
@@ -76,15 +65,11 @@ def add_auxk(
         g_dec_ND.addmm_(acts_cN.t(), grad_cD)
         g_enc_ND.addmm_(delta_cN.t(), x_cD)
         g_b_N += delta_cN.sum(0)
-    _add(grads, dead_N, g_enc_ND, g_dec_ND, g_b_N)
-    return alpha * error / spread
-
-
-def _add(grads: dict[str, Tensor], dead_N: Tensor, g_enc_ND: Tensor, g_dec_ND: Tensor, g_b_N: Tensor) -> None:
     # dead_N has no duplicates, so these indexed sums do not depend on an order.
     grads["W_enc"].index_add_(0, dead_N, g_enc_ND)
     grads["W_dec"].index_add_(0, dead_N, g_dec_ND)
     grads["b_enc"].index_add_(0, dead_N, g_b_N)
+    return alpha * error / spread
 
 
 def add_bias_push(grads: dict[str, Tensor], params: Mapping[str, Tensor], dead_F: Tensor, weight: float, bias: str = "b_enc") -> Tensor:

@@ -52,15 +52,16 @@ class Sparse(Base):
     def gradients(self, params: Mapping[str, Tensor], x_BD: Tensor, y_BD: Tensor, dead_F: Tensor, step: int | None = None) -> StepResult:
         config, n_rows, k = self.config, x_BD.shape[0], self.k(step)
         centred_BD = self.centred(params, x_BD)
+        k_aux, signed = config.aux_latents(self.job), self.rule == "abs"
+        if config.auxk_alpha > 0:
+            self.kernels.expect_auxk(params, centred_BD, dead_F, k_aux, signed)
         values_BK, indices_BK = self.select(params, centred_BD, k)
         target_BD = self.unexplained(params, x_BD, y_BD)
         weight = 1.0 / (n_rows * self.constants["variance"])
         grads, loss, residual_BD, grad_BD, squared_error = self.reconstruction(params, centred_BD, target_BD, values_BK, indices_BK, weight)
-        signed = self.rule == "abs"
         loss = loss + add_auxk(
-            grads, params, centred_BD, residual_BD, dead_F,
-            k_aux=config.aux_latents(self.job), alpha=config.auxk_alpha, signed=signed, kernels=self.kernels,
-        )  # fmt: skip
+            grads, params, centred_BD, residual_BD, dead_F, k_aux=k_aux, alpha=config.auxk_alpha, signed=signed, kernels=self.kernels
+        )
         self.outer_gradients(grads, params, grads["b_enc"], grad_BD, x_BD)
         loss = loss + add_bias_push(grads, params, dead_F, config.revive)
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
     from saehub_native.kernels.lazy import RowSums
@@ -53,8 +55,22 @@ class Kernels(Protocol):
         """Take over what `state` returned."""
         ...
 
-    def companion(self) -> Kernels | None:
-        """Kernels of the same kind for another, smaller dictionary in the same step (the dead latents), or None where dense products do as well."""
+    def expect_auxk(self, params: Mapping[str, Tensor], centred_BD: Tensor, dead_F: Tensor, k_aux: int, signed: bool = False) -> None:
+        """Say before a selection over all latents that `add_auxk` will be asked about these rows: a hint, which no result depends on."""
+        ...
+
+    def add_auxk(
+        self,
+        grads: dict[str, Tensor | RowSums],
+        params: Mapping[str, Tensor],
+        centred_BD: Tensor,
+        residual_BD: Tensor,
+        dead_F: Tensor,
+        k_aux: int,
+        alpha: float,
+        signed: bool = False,
+    ) -> Tensor | None:
+        """What `architectures.auxk.add_auxk` says, done by the kernels; None: the dense products there do as well."""
         ...
 
     def cautions(self) -> list[str]:

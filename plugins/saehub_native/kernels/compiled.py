@@ -61,7 +61,8 @@ def prefetcher() -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             kind = signature.args[0]
             array = context.make_array(kind)(context, builder, arguments[0])
-            place = cgutils.get_item_pointer(context, builder, kind, array, arguments[1:], wraparound=False)
+            where = [context.cast(builder, a, t, types.intp) for a, t in zip(arguments[1:], signature.args[1:], strict=True)]
+            place = cgutils.get_item_pointer(context, builder, kind, array, where, wraparound=False)
             byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
             call = cgutils.get_or_insert_function(
                 builder.module, ir.FunctionType(ir.VoidType(), [byte, number, number, number]), "llvm.prefetch.p0i8"

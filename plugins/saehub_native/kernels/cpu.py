@@ -23,6 +23,7 @@ from torch import Tensor
 from saehub.seeds import generator
 from saehub_native.kernels import Firing
 from saehub_native.kernels.audit import missed_rows
+from saehub_native.kernels.cpu_dead import DeadLatents
 from saehub_native.kernels.lazy import Part, RowSums
 from saehub_native.kernels.rank import KINDS, LATENTS_A_PIECE, ROWS_A_PIECE, Ranker, best_kind, pieces
 from saehub_native.kernels.reference import ReferenceKernels
@@ -37,13 +38,54 @@ AUDIT_EVERY, AUDIT_ROWS = 100, 8
 AGAIN_SHARE = 32
 """More than one row in so many that needs further candidates, and r is doubled for the batches to come."""
 WIDE = 24
-"""Where a row selects at least one in so many latents, the loops of cpu_tiles.py take less time."""
-MANY_PAIRS, GROUPING_PIECES = 64, 8
+"""Where a row selects at least one in so many latents, the loops of cpu_wide.py take less time."""
+GROUPING_PIECES = 8
 TINY = 1e-12
 NO_COPIES = (0, np.ones(1, np.float32), np.empty((1, 1), np.int16), np.empty((1, 1), np.int8), np.ones(1, np.float32))
 
 
-class CpuKernels(ReferenceKernels):
+class Selection:
+    """One selection while the scores come in, a chunk of rows after the other.
+
+    Args:
+        pick_N: the latents of `W_enc_FD` and `b_enc_F` among those that the scores are of, int64; None: they are the same.
+    """
+
+    def __init__(self, kernels: CpuKernels, x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, k: int, rule: str, pick_N: Tensor | None = None):
+        n_rows, (n_latents, _) = len(x_BD), W_enc_FD.shape
+        self.kernels, self.rule, self.inputs = kernels, rule, (x_BD, W_enc_FD, b_enc_F, k)
+        self.pick = torch.empty(0, dtype=torch.int64) if pick_N is None else pick_N
+        self.wide = WIDE * k >= n_latents or pick_N is not None
+        self.values_BK, self.indices_BK = torch.empty(n_rows, k), torch.empty(n_rows, k, dtype=torch.int64)
+        self.exact_B, self.again_B = torch.zeros(2, n_rows, dtype=torch.int32)
+
+    def rows(self, *scores: Any) -> None:
+        """Select in the rows of a chunk; `scores` as `CpuKernels._scored` passes them."""
+        kernels, (x_BD, W_enc_FD, b_enc_F, k) = self.kernels, self.inputs
+        inputs = (x_BD.numpy(), W_enc_FD.numpy(), b_enc_F.numpy(), k)
+        out = (self.indices_BK.numpy(), self.values_BK.numpy(), self.exact_B.numpy())
+        if self.rule == "group":
+            kernels.choosing.group_rows(*scores, *inputs, GUARD, *out)
+            return
+        arguments = (*inputs, kernels.r, GUARD, *out, self.again_B.numpy())
+        if self.wide:
+            kernels.wide.select_wide_rows(*scores, self.pick.numpy(), self.rule == "abs", *arguments)
+        else:
+            kernels.choosing.select_rows(*scores, self.rule == "abs", *arguments)
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """Values and latents of all rows."""
+        kernels, n_rows = self.kernels, len(self.exact_B)
+        if AGAIN_SHARE * int(self.again_B.count_nonzero()) > n_rows:
+            kernels.r = min(R_MAX, 2 * kernels.r)
+        kernels.exact_a_row = float(self.exact_B.sum()) / max(1, n_rows)
+        x_BD, W_enc_FD, b_enc_F, k = self.inputs
+        if kernels.audit_due():
+            kernels.audit(x_BD, W_enc_FD, b_enc_F, self.values_BK, self.indices_BK, k, self.rule)
+        return self.values_BK, self.indices_BK
+
+
+class CpuKernels(DeadLatents, ReferenceKernels):
     """Implements `saehub_native.kernels.Kernels` with compiled loops (numba) and a low-precision ranking product.
 
     Args:
@@ -54,16 +96,15 @@ class CpuKernels(ReferenceKernels):
 
     def __init__(self, kind: str | None = None):
         super().__init__()
-        from saehub_native.kernels import cpu_loops, cpu_select, cpu_tiles
+        from saehub_native.kernels import cpu_loops, cpu_select, cpu_wide
 
-        self.loops, self.choosing, self.tiles, self.team = cpu_loops, cpu_select, cpu_tiles, Team()
+        self.loops, self.choosing, self.wide, self.team = cpu_loops, cpu_select, cpu_wide, Team()
         self.ranker = Ranker(kind or best_kind(), cpu_loops, self.team)
         self.r, self.selections, self.audited, self.missed = R_START, 0, 0, 0
         self.exact_a_row = 0.0
         """Values computed exactly in a row of the last batch, on average."""
         self._low: float | None = None  # guesses for the next batch of `encode_select_batch`: they change the time, not the result
         self._places = 0
-        self._companion: CpuKernels | None = None
 
     # ------------------------------------------------------------------ state
     def state(self) -> dict[str, Any]:
@@ -72,12 +113,6 @@ class CpuKernels(ReferenceKernels):
         counts = {name: getattr(self, name) for name in ("r", "selections", "audited", "missed", "fullest")}
         companion = {"companion": self._companion.state()} if self._companion is not None else {}
         return {"rank": self.ranker.kind, "smooth": smooth, **counts, **companion}
-
-    def companion(self) -> CpuKernels:
-        if self._companion is None:
-            self._companion = CpuKernels(self.ranker.kind)
-        self._companion.ranker.forget()  # its weights are others every time, in memory that may be the same
-        return self._companion
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take over what `state` returned."""
@@ -102,11 +137,9 @@ class CpuKernels(ReferenceKernels):
 
     # ------------------------------------------------------------------ selection
     def encode_select(self, x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, k: int, rule: str = "top") -> tuple[Tensor, Tensor]:
-        x_BD = x_BD.contiguous()
-        values_BK, indices_BK = self._select(x_BD, W_enc_FD, b_enc_F, k, rule)
-        if self._audit_due():
-            self._audit(x_BD, W_enc_FD, b_enc_F, values_BK, indices_BK, k, rule)
-        return values_BK, indices_BK
+        selection = Selection(self, x_BD.contiguous(), W_enc_FD, b_enc_F, k, rule)
+        self._scored(x_BD.contiguous(), W_enc_FD, selection.rows)
+        return selection.finish()
 
     def _scored(self, x_BD: Tensor, W_enc_FD: Tensor, loop: Any) -> None:
         """Call `loop(start, stop, at, kind, scores32, scores16, latent scales, row scales)` over all rows, a chunk of scores at a time."""
@@ -116,28 +149,16 @@ class CpuKernels(ReferenceKernels):
         scales = ranker.low_scale_F.numpy(), scale_B.numpy()
         chunk = ranker.chunk(n_rows, W_enc_FD.shape[0])
 
+        expected = self.begin_expected(ranker)
+
         def piece(i: int) -> None:  # one thread multiplies and reads what it got
             at, stop = i * chunk, min(n_rows, (i + 1) * chunk)
-            loop(at, stop, at, ranker.code, *ranker.scores(low_BD[at:stop], W_enc_FD), *scales)
+            scores = (at, stop, at, ranker.code, *ranker.scores(low_BD[at:stop], W_enc_FD), *scales)
+            loop(*scores)
+            if expected is not None:
+                expected.rows(*scores)
 
         self.team.run(piece, -(-n_rows // chunk))
-
-    def _select(self, x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, k: int, rule: str) -> tuple[Tensor, Tensor]:
-        n_rows = x_BD.shape[0]
-        values_BK, indices_BK = torch.empty(n_rows, k), torch.empty(n_rows, k, dtype=torch.int64)
-        exact_B, again_B = torch.zeros(n_rows, dtype=torch.int32), torch.zeros(n_rows, dtype=torch.int32)
-        inputs = (x_BD.numpy(), W_enc_FD.numpy(), b_enc_F.numpy(), k)
-        out = (indices_BK.numpy(), values_BK.numpy(), exact_B.numpy())
-        if rule == "group":
-            self._scored(x_BD, W_enc_FD, lambda *scores: self.choosing.group_rows(*scores, *inputs, GUARD, *out))
-        else:
-            by_size, again = rule == "abs", again_B.numpy()
-            loop = self.tiles.select_wide_rows if _wide(k, W_enc_FD) else self.choosing.select_rows
-            self._scored(x_BD, W_enc_FD, lambda *scores: loop(*scores, by_size, *inputs, self.r, GUARD, *out, again))
-            if AGAIN_SHARE * int(again_B.count_nonzero()) > n_rows:
-                self.r = min(R_MAX, 2 * self.r)
-        self.exact_a_row = float(exact_B.sum()) / max(1, n_rows)
-        return values_BK, indices_BK
 
     # ------------------------------------------------------------------ selection over a batch
     def encode_select_batch(self, x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -188,8 +209,8 @@ class CpuKernels(ReferenceKernels):
         values_BK, indices_BK = torch.empty(n_rows, fullest), torch.empty(n_rows, fullest, dtype=torch.int64)
         row_pieces(self.choosing.pack_rows, np.float32(cut), index, values_BM.numpy(), count, indices_BK.numpy(), values_BK.numpy())
         self.exact_a_row = float(exact_B.sum()) / n_rows
-        if self._audit_due():
-            self._audit(x_BD, W_enc_FD, b_enc_F, values_BK, indices_BK, k, "batch", cut)
+        if self.audit_due():
+            self.audit(x_BD, W_enc_FD, b_enc_F, values_BK, indices_BK, k, "batch", cut)
         return values_BK, indices_BK
 
     def _first_low(self, x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, k: int) -> float:
@@ -199,11 +220,11 @@ class CpuKernels(ReferenceKernels):
         return float(kth)
 
     # ------------------------------------------------------------------ audit
-    def _audit_due(self) -> bool:
+    def audit_due(self) -> bool:
         self.selections += 1
         return self.selections % AUDIT_EVERY == 1 or AUDIT_EVERY == 1
 
-    def _audit(
+    def audit(
         self, x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, values_BK: Tensor, indices_BK: Tensor, k: int, rule: str, cut: float = 0.0
     ) -> None:
         """Compare some rows, drawn from the number of the selection, with float64; raise r, or the precision, after a miss."""
@@ -227,8 +248,7 @@ class CpuKernels(ReferenceKernels):
         arguments = (target_BD, indices_BK, values_BK, W_dec_FD)
         out = (residual_BD, grad_BD, delta_BK, error_B)
         arrays = (*(t.numpy() for t in arguments), np.float32(weight), *(t.numpy() for t in out))
-        loop = self.tiles.reconstruct_wide_rows if _wide(values_BK.shape[1], W_dec_FD) else self.loops.reconstruct_rows
-        self.team.run(*pieces(loop, n_rows, ROWS_A_PIECE, arrays))
+        self.team.run(*pieces(self.loops.reconstruct_rows, n_rows, ROWS_A_PIECE, arrays))
         return residual_BD, grad_BD, delta_BK, error_B.double().sum().float()
 
     # ------------------------------------------------------------------ sums over latents
@@ -289,9 +309,6 @@ class CpuKernels(ReferenceKernels):
         def piece(i: int) -> None:
             before, start, stop, arrays, part = ranges[i]
             here = slice(before, before + part.n_latents)
-            if len(out) and not sums.sphere and sums.extra is None and len(part.weights_N) >= MANY_PAIRS * part.n_latents:
-                squares[i] = self.tiles.sum_latents_in_blocks(start, stop, *arrays, out[here])
-                return
             squares[i] = self.loops.sum_latents(start, stop, *arrays, slots[here], extra, sums.sphere, weight[here], out[here])
 
         self.team.run(piece, len(ranges))
@@ -337,10 +354,6 @@ class CpuKernels(ReferenceKernels):
             torch.autograd.graph.increment_version(tensor)
         if ranked:
             self.ranker.kept(W_FD)
-
-
-def _wide(k: int, W_FD: Tensor) -> bool:
-    return WIDE * k >= W_FD.shape[0]
 
 
 def _extra(sums: RowSums) -> Any:

@@ -8,7 +8,7 @@ import numpy as np
 
 from saehub_native.kernels import compiled
 
-jit = compiled.compiler(compiled.__file__, *(str(Path(__file__).with_name(f"cpu_{name}.py")) for name in ("arithmetic", "select", "loops", "tiles")))
+jit = compiled.compiler(compiled.__file__, *(str(Path(__file__).with_name(f"cpu_{name}.py")) for name in ("arithmetic", "select", "loops", "wide")))
 prefetch = compiled.prefetcher()
 
 LINE = 16  # float32 numbers of a cache line
@@ -66,21 +66,21 @@ def dots(a_D, W_FD, index_C, count, out_C, far):
 @jit
 def weighted_sum(weight_C, W_FD, index_C, count, total_D, far):
     """total += Σ_{c < count} weight_C[c] W[index_C[c]]; `far` as in `dots`."""
-    d, c = total_D.shape[0], 0
-    while c + 4 <= count:
-        p, q, r, s = W_FD[index_C[c]], W_FD[index_C[c + 1]], W_FD[index_C[c + 2]], W_FD[index_C[c + 3]]
+    d, c, zero = total_D.shape[0], 0, np.float32(0)
+    while c < count:
+        # Beyond the end the last row again, with weight 0: it is at hand, and one loop does for every count.
+        c1, c2, c3 = min(c + 1, count - 1), min(c + 2, count - 1), min(c + 3, count - 1)
+        p, q, r, s = W_FD[index_C[c]], W_FD[index_C[c1]], W_FD[index_C[c2]], W_FD[index_C[c3]]
         if far:
             for ahead in range(c + 4, min(c + 8, count)):
                 prefetch_row(W_FD, index_C[ahead])
-        w0, w1, w2, w3 = weight_C[c], weight_C[c + 1], weight_C[c + 2], weight_C[c + 3]
+        w0 = weight_C[c]
+        w1 = weight_C[c1] if c1 == c + 1 else zero
+        w2 = weight_C[c2] if c2 == c + 2 else zero
+        w3 = weight_C[c3] if c3 == c + 3 else zero
         for i in range(d):
             total_D[i] += (w0 * p[i] + w1 * q[i]) + (w2 * r[i] + w3 * s[i])
         c += 4
-    while c < count:
-        add(weight_C[c], W_FD[index_C[c]], total_D)
-        c += 1
-
-
 
 
 @jit

@@ -154,7 +154,7 @@ def _open(kind, by_size, scores32_F, scores16_F, scale_F, row_scale, b_enc_F, ne
     keys_G = maxima_G.view(np.int32)
     for i in range(filled):
         keys_G[i] = _flipped(keys_G[i])
-    key = _threshold(keys_G, filled, need, need >> 3)
+    key = _threshold(keys_G, filled, need, max(need >> 5, min(need >> 3, 8)))
     t = _float(_flipped(key))
     t -= abs(t) * np.float32(1e-6)  # a score is computed twice, and may be rounded in two ways
     m = 0

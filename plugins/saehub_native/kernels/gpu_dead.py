@@ -32,6 +32,7 @@ class DeadLatents:
     """
 
     interpreted: bool
+    lazy: bool
     on_dead: Any
     precision: str
     """Of the products' operands: `tf32`, or `ieee`, which is float32."""
@@ -47,8 +48,10 @@ class DeadLatents:
         k_aux: int,
         alpha: float,
         signed: bool = False,
-    ) -> Tensor:
-        """α·L_aux, 0-dimensional; its gradients go to `grads` (RowSums of W_enc and W_dec, and b_enc)."""
+    ) -> Tensor | None:
+        """α·L_aux, 0-dimensional; its gradients go to `grads` (RowSums of W_enc and W_dec, and b_enc). None where those are to be tensors."""
+        if not self.lazy:
+            return None
         W_enc_FD, b_enc_F, W_dec_FD = params["W_enc"], params["b_enc"], params["W_dec"]
         n_rows, (n_latents, d_in), d_out = len(residual_BD), W_enc_FD.shape, W_dec_FD.shape[1]
         list_F, count = listed(dead_F)

@@ -137,5 +137,8 @@ class ReferenceKernels:
     def cautions(self) -> list[str]:
         return []
 
-    def companion(self) -> None:
+    def expect_auxk(self, *arguments: Any, **settings: Any) -> None:
+        pass
+
+    def add_auxk(self, *arguments: Any, **settings: Any) -> Tensor | None:
         return None
