@@ -45,17 +45,12 @@ NO_COPIES = (0, np.ones(1, np.float32), np.empty((1, 1), np.int16), np.empty((1,
 
 
 class Selection:
-    """One selection while the scores come in, a chunk of rows after the other.
+    """One selection while the scores come in, a chunk of rows after the other."""
 
-    Args:
-        pick_N: the latents of `W_enc_FD` and `b_enc_F` among those that the scores are of, int64; None: they are the same.
-    """
-
-    def __init__(self, kernels: CpuKernels, x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, k: int, rule: str, pick_N: Tensor | None = None):
+    def __init__(self, kernels: CpuKernels, x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, k: int, rule: str):
         n_rows, (n_latents, _) = len(x_BD), W_enc_FD.shape
         self.kernels, self.rule, self.inputs = kernels, rule, (x_BD, W_enc_FD, b_enc_F, k)
-        self.pick = torch.empty(0, dtype=torch.int64) if pick_N is None else pick_N
-        self.wide = WIDE * k >= n_latents or pick_N is not None
+        self.wide = WIDE * k >= n_latents
         self.values_BK, self.indices_BK = torch.empty(n_rows, k), torch.empty(n_rows, k, dtype=torch.int64)
         self.exact_B, self.again_B = torch.zeros(2, n_rows, dtype=torch.int32)
 
@@ -69,7 +64,7 @@ class Selection:
             return
         arguments = (*inputs, kernels.r, GUARD, *out, self.again_B.numpy())
         if self.wide:
-            kernels.wide.select_wide_rows(*scores, self.pick.numpy(), self.rule == "abs", *arguments)
+            kernels.wide.select_wide_rows(*scores, self.rule == "abs", *arguments)
         else:
             kernels.choosing.select_rows(*scores, self.rule == "abs", *arguments)
 
@@ -153,10 +148,11 @@ class CpuKernels(DeadLatents, ReferenceKernels):
 
         def piece(i: int) -> None:  # one thread multiplies and reads what it got
             at, stop = i * chunk, min(n_rows, (i + 1) * chunk)
-            scores = (at, stop, at, ranker.code, *ranker.scores(low_BD[at:stop], W_enc_FD), *scales)
-            loop(*scores)
-            if expected is not None:
-                expected.rows(*scores)
+            scores = (at, ranker.code, *ranker.scores(low_BD[at:stop], W_enc_FD), *scales)
+            if expected is None:
+                loop(at, stop, *scores)
+            else:
+                expected.rows(at, stop, loop, *scores)
 
         self.team.run(piece, -(-n_rows // chunk))
 

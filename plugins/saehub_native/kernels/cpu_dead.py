@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 SPARSE_FROM = 3
 """Dead latents for each one that a row selects, from which the sparse step takes less time than dense products."""
 BLOCKS_A_PIECE, WIDE_LATENTS = 16, 1024
+ROWS_AT_ONCE = 32
+"""Rows whose scores of all latents fit in cache."""
+DTYPES = (torch.int32, torch.int16, torch.int32)
+"""Of scores, for each kind of product."""
 
 
 class Expected:
@@ -29,9 +33,16 @@ class Expected:
         self.scale_N: Any = None
         self.complete = False
 
-    def rows(self, start: int, stop: int, at: int, kind: int, scores32: Any, scores16: Any, scale_F: Any, row_scale_B: Any) -> None:
-        """As `Selection.rows`, from the scores of all latents."""
-        self.selection.rows(start, stop, at, kind, scores32, scores16, self.scale_N, row_scale_B)
+    def rows(self, start: int, stop: int, loop: Any, at: int, kind: int, scores32: Any, scores16: Any, scale_F: Any, row_scale_B: Any) -> None:
+        """Call `loop(start, stop, at, kind, …)`, and select in the same rows among the dead latents, whose scores are taken while they are in cache."""
+        shape = stop - start, self.dead_N.numel()
+        dead32, dead16 = (torch.empty(shape if dtype == DTYPES[kind] else (shape[0], 0), dtype=dtype).numpy() for dtype in (torch.int32, torch.int16))
+        scores, pick = (at, kind, scores32, scores16, scale_F, row_scale_B), self.dead_N.numpy()
+        for first in range(start, stop, ROWS_AT_ONCE):
+            last = min(stop, first + ROWS_AT_ONCE)
+            loop(first, last, *scores)
+            self.companion.wide.pick_rows(first, last, *scores, pick, dead32, dead16)
+        self.selection.rows(start, stop, at, kind, dead32, dead16, self.scale_N, row_scale_B)
 
 
 class DeadLatents:
@@ -69,7 +80,7 @@ class DeadLatents:
         companion = self.companion()
         if companion.ranker.kind == self.ranker.kind:
             W_ND, b_N = self._dead_rows(params, dead_N, "W_enc"), params["b_enc"][dead_N]
-            selection = Selection(companion, centred_BD, W_ND, b_N, k_aux, "abs" if signed else "top", dead_N)
+            selection = Selection(companion, centred_BD, W_ND, b_N, k_aux, "abs" if signed else "top")
             self._expected = Expected(_key(centred_BD, k_aux, signed), companion, dead_N, selection)
 
     def begin_expected(self, ranker: Ranker) -> Expected | None:

@@ -159,10 +159,9 @@ def _open(kind, by_size, scores32_F, scores16_F, scale_F, row_scale, b_enc_F, ne
     t -= abs(t) * np.float32(1e-6)  # a score is computed twice, and may be rounded in two ways
     m = 0
     if group == 1:
-        for i in range(filled):
-            if keys_G[i] >= key:
-                found_C[m], score_C[m] = i, _float(_flipped(keys_G[i]))
-                m += 1
+        for i in range(filled):  # written in any case: a branch that nobody can predict takes longer
+            found_C[m], score_C[m] = i, _float(_flipped(keys_G[i]))
+            m += np.int64(keys_G[i] >= key)
         return m, t
     for i in range(filled):
         if keys_G[i] >= key:

@@ -14,7 +14,7 @@ from saehub_native.kernels.cpu_select import BFLOAT16, _float, _flipped, _keep_b
 
 TILE_BYTES = 576 << 10
 """Weights of one tile."""
-BLOCK = 192
+BLOCK = 256
 """Rows of a block."""
 
 
@@ -38,34 +38,24 @@ def _starts(count_F, n):
 
 
 @jit
-def _pick(kind, pick_N, scores32_F, scores16_F, out32_N, out16_N):
-    """The scores of some latents, or of all where none is named."""
-    n = out32_N.shape[0]
-    if kind == BFLOAT16:
-        if pick_N.shape[0] == 0:
-            for j in range(n):
-                out16_N[j] = scores16_F[j]
+def pick_rows(start, stop, at, kind, scores32_CF, scores16_CF, scale_F, row_scale_B, pick_N, out32_CN, out16_CN):
+    """The scores of some latents of rows start … stop − 1."""
+    for b in range(start - at, stop - at):
+        if kind == BFLOAT16:
+            for j in range(pick_N.shape[0]):
+                out16_CN[b, j] = scores16_CF[b, pick_N[j]]
         else:
-            for j in range(n):
-                out16_N[j] = scores16_F[pick_N[j]]
-    elif pick_N.shape[0] == 0:
-        for j in range(n):
-            out32_N[j] = scores32_F[j]
-    else:
-        for j in range(n):
-            out32_N[j] = scores32_F[pick_N[j]]
+            for j in range(pick_N.shape[0]):
+                out32_CN[b, j] = scores32_CF[b, pick_N[j]]
 
 
 @jit
 def select_wide_rows(
-    start, stop, at, kind, scores32_CF, scores16_CF, scale_F, row_scale_B, pick_N, by_size, x_BD, W_enc_FD, b_enc_F, k, r, guard, index_BK,
-    value_BK, exact_B, again_B,
+    start, stop, at, kind, scores32_CF, scores16_CF, scale_F, row_scale_B, by_size, x_BD, W_enc_FD, b_enc_F, k, r, guard, index_BK, value_BK,
+    exact_B, again_B,
 ):  # fmt: skip
-    """As `select_rows`, latents ascending; all k + r candidates are computed exactly. A row where they do not do is left to `_select`.
-
-    `pick_N`, where it has entries: which of the scores are those of the latents at hand."""
+    """As `select_rows`, latents ascending; all k + r candidates are computed exactly. A row where they do not do is left to `_select`."""
     n = W_enc_FD.shape[0]
-    picked32_F, picked16_F = np.empty(n, np.int32), np.empty(n, np.int16)
     need = min(n, k + r)
     places = min(n, 2 * need)
     maxima_G, score_C, value_C = np.empty(n, np.float32), np.empty(n, np.float32), np.empty(n, np.float32)
@@ -80,9 +70,8 @@ def select_wide_rows(
         next_F[:] = 0
         for i in range(rows):
             b = first + i
-            _pick(kind, pick_N, scores32_CF[b - at], scores16_CF[b - at], picked32_F, picked16_F)
             m, t = _open(
-                kind, by_size, picked32_F, picked16_F, scale_F, row_scale_B[b], b_enc_F, need, maxima_G, found_C, score_C
+                kind, by_size, scores32_CF[b - at], scores16_CF[b - at], scale_F, row_scale_B[b], b_enc_F, need, maxima_G, found_C, score_C
             )
             bound_R[i] = t
             count_R[i] = m if m <= places else 0
@@ -113,9 +102,8 @@ def select_wide_rows(
                 bar = max(_float(_flipped(last)), np.float32(0))
                 again = 0 if m == n or bar - bound_R[i] >= guard * np.sqrt(square / np.float32(m)) or not (square < np.inf) else 1
             if m == 0 or again:
-                _pick(kind, pick_N, scores32_CF[b - at], scores16_CF[b - at], picked32_F, picked16_F)
                 taken, total, again = _select(
-                    x_BD[b], W_enc_FD, b_enc_F, kind, by_size, picked32_F, picked16_F, scale_F, row_scale_B[b], k, r, guard,
+                    x_BD[b], W_enc_FD, b_enc_F, kind, by_size, scores32_CF[b - at], scores16_CF[b - at], scale_F, row_scale_B[b], k, r, guard,
                     maxima_G, found_C, score_C, value_C, order_C,
                 )  # fmt: skip
                 for j in range(taken):
@@ -149,26 +137,33 @@ def arrange_block(block, index_BK, value_BK, tile, start_PF, row_N, weight_N, st
         ordered = True
         for j in range(width):
             if value_BK[b, j] != 0:
-                f = index_BK[b, j]
-                ordered = ordered and f > before
-                before = f
-                next_F[f] += 1
-                next_T[f // tile * BLOCK + i] += 1
+                ordered = ordered and index_BK[b, j] > before
+                before = index_BK[b, j]
         if not ordered:
             ascending(index_BK[b], value_BK[b], width)
+        place, bound = i, np.int64(tile)
+        for j in range(width):
+            if value_BK[b, j] != 0:
+                f = index_BK[b, j]
+                while f >= bound:
+                    place, bound = place + BLOCK, bound + tile
+                next_F[f] += 1
+                next_T[place] += 1
     _starts(next_F, n)
     _starts(next_T, places)
     start_PF[block], start_PT[block] = next_F, next_T
     for i in range(rows):
-        b = first + i
+        b, place, bound = first + i, i, np.int64(tile)
         for j in range(width):
             v = value_BK[b, j]
             if v != 0:
                 f = index_BK[b, j]
-                p, q = base + next_F[f], base + next_T[f // tile * BLOCK + i]
+                while f >= bound:
+                    place, bound = place + BLOCK, bound + tile
+                p, q = base + next_F[f], base + next_T[place]
                 row_N[p], weight_N[p], latent_N[q], value_N[q] = b, v, f, -v
                 next_F[f] += 1
-                next_T[f // tile * BLOCK + i] += 1
+                next_T[place] += 1
 
 
 @jit
