@@ -45,13 +45,15 @@ NO_COPIES = (0, np.ones(1, np.float32), np.empty((1, 1), np.int16), np.empty((1,
 
 
 class Selection:
-    """One selection while the scores come in, a chunk of rows after the other."""
+    """One selection while the scores come in, a chunk of rows after the other; `out`: where its values and latents are to be written."""
 
-    def __init__(self, kernels: CpuKernels, x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, k: int, rule: str):
+    def __init__(
+        self, kernels: CpuKernels, x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, k: int, rule: str, out: tuple[Tensor, Tensor] | None = None
+    ):
         n_rows, (n_latents, _) = len(x_BD), W_enc_FD.shape
         self.kernels, self.rule, self.inputs = kernels, rule, (x_BD, W_enc_FD, b_enc_F, k)
         self.wide = WIDE * k >= n_latents
-        self.values_BK, self.indices_BK = torch.empty(n_rows, k), torch.empty(n_rows, k, dtype=torch.int64)
+        self.values_BK, self.indices_BK = out or (torch.empty(n_rows, k), torch.empty(n_rows, k, dtype=torch.int64))
         self.exact_B, self.again_B = torch.zeros(2, n_rows, dtype=torch.int32)
 
     def rows(self, *scores: Any) -> None:

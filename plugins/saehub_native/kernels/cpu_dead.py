@@ -21,8 +21,6 @@ SPARSE_FROM = 3
 BLOCKS_A_PIECE, WIDE_LATENTS = 16, 1024
 ROWS_AT_ONCE = 32
 """Rows whose scores of all latents fit in cache."""
-DTYPES = (torch.int32, torch.int16, torch.int32)
-"""Of scores, for each kind of product."""
 
 
 class Expected:
@@ -35,8 +33,7 @@ class Expected:
 
     def rows(self, start: int, stop: int, loop: Any, at: int, kind: int, scores32: Any, scores16: Any, scale_F: Any, row_scale_B: Any) -> None:
         """Call `loop(start, stop, at, kind, …)`, and select in the same rows among the dead latents, whose scores are taken while they are in cache."""
-        shape = stop - start, self.dead_N.numel()
-        dead32, dead16 = (torch.empty(shape if dtype == DTYPES[kind] else (shape[0], 0), dtype=dtype).numpy() for dtype in (torch.int32, torch.int16))
+        dead32, dead16 = self.companion.ranker.room(stop - start, self.dead_N.numel())
         scores, pick = (at, kind, scores32, scores16, scale_F, row_scale_B), self.dead_N.numpy()
         for first in range(start, stop, ROWS_AT_ONCE):
             last = min(stop, first + ROWS_AT_ONCE)
@@ -80,7 +77,7 @@ class DeadLatents:
         companion = self.companion()
         if companion.ranker.kind == self.ranker.kind:
             W_ND, b_N = self._dead_rows(params, dead_N, "W_enc"), params["b_enc"][dead_N]
-            selection = Selection(companion, centred_BD, W_ND, b_N, k_aux, "abs" if signed else "top")
+            selection = Selection(companion, centred_BD, W_ND, b_N, k_aux, "abs" if signed else "top", self._pairs(len(centred_BD), k_aux))
             self._expected = Expected(_key(centred_BD, k_aux, signed), companion, dead_N, selection)
 
     def begin_expected(self, ranker: Ranker) -> Expected | None:
@@ -158,6 +155,9 @@ class DeadLatents:
         latents = (W, start_PF, row, weights, delta, width, x, grad, *sums)
         self.team.run(*pieces(wide.gradients_of_latents, n, min(WIDE_LATENTS, max(LATENTS_A_PIECE, -(-n // threads))), latents))
         return error_B.double().sum().float(), *tensors[-3:]
+
+    def _pairs(self, n_rows: int, k_aux: int) -> tuple[Tensor, Tensor]:
+        return self._buffers(values_BK=(n_rows, k_aux))[0], self._buffers(torch.int64, indices_BK=(n_rows, k_aux))[0]
 
     def _dead_rows(self, params: Mapping[str, Tensor], dead_N: Tensor, name: str) -> Tensor:
         (rows_ND,) = self._buffers(**{name: (dead_N.numel(), params[name].shape[1])})

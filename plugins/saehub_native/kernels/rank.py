@@ -105,22 +105,31 @@ class Ranker:
 
     def scores(self, low_CD: Tensor, W_enc_FD: Tensor) -> tuple[Any, Any]:
         """Scores [C, F] as (int32 bits or sums, int16 bits); the one that the kind does not use is [C, 0]."""
-        shape = low_CD.shape[0], W_enc_FD.shape[0]
-        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int32}[self.kind]
-        held = getattr(self._own, "scores", None)
-        if held is None or held.shape[0] < shape[0] or held.shape[1] != shape[1]:
-            self._own.scores = held = torch.empty(shape, dtype=dtype)
-        out = held[: shape[0]]
+        out = self._room(low_CD.shape[0], W_enc_FD.shape[0])
         if self.kind == "int8":
             torch._int_mm(low_CD, self.low8_FD.t(), out=out)
         elif self.kind == "bfloat16":
             torch.mm(low_CD.view(torch.bfloat16), self.low16_FD.view(torch.bfloat16).t(), out=out)
         else:
             out = float_product(low_CD, W_enc_FD, out)
-        none = out.new_empty(0).view(torch.int32 if self.kind == "bfloat16" else torch.int16).view(1, 0).expand(shape[0], 0)
+        return self._as_bits(out)
+
+    def room(self, n_rows: int, n_latents: int) -> tuple[Any, Any]:
+        """Memory for scores of this thread, in the form in which `scores` returns them."""
+        return self._as_bits(self._room(n_rows, n_latents))
+
+    def _room(self, n_rows: int, n_latents: int) -> Tensor:
+        held = getattr(self._own, "scores", None)
+        if held is None or held.numel() < n_rows * n_latents:
+            dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int32}[self.kind]
+            self._own.scores = held = torch.empty(n_rows * n_latents, dtype=dtype)
+        return held[: n_rows * n_latents].view(n_rows, n_latents)
+
+    def _as_bits(self, out_CF: Tensor) -> tuple[Any, Any]:
+        none = out_CF.new_empty(0).view(torch.int32 if self.kind == "bfloat16" else torch.int16).view(1, 0).expand(len(out_CF), 0)
         if self.kind == "bfloat16":
-            return none.numpy(), out.view(torch.int16).numpy()
-        return out.view(torch.int32).numpy(), none.numpy()
+            return none.numpy(), out_CF.view(torch.int16).numpy()
+        return out_CF.view(torch.int32).numpy(), none.numpy()
 
 
 def smoothing(x_BD: Tensor, W_enc_FD: Tensor) -> Tensor:
