@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 SPARSE_FROM = 3
 """Dead latents for each one that a row selects, from which the sparse step takes less time than dense products."""
 BLOCKS_A_PIECE, WIDE_LATENTS = 16, 1024
+ROWS_COPIED, LITTLE_LEFT = 128, 1e-2
 ROWS_AT_ONCE = 32
 """Rows whose scores of all latents fit in cache."""
 
@@ -52,6 +54,7 @@ class DeadLatents:
     lazy: bool
     ranker: Ranker
     team: Team
+    loops: Any
     wide: Any
     _companion: CpuKernels | None = None
     _expected: Expected | None = None
@@ -105,7 +108,7 @@ class DeadLatents:
         if dead_N.numel() < SPARSE_FROM * k_aux:
             return None
         companion = self.companion()
-        spread = (residual_BD - residual_BD.mean(0)).square_().sum().clamp_min(torch.finfo(torch.float32).tiny)
+        miss_BD, spread = self._copied(residual_BD)
         if expected is not None and expected.complete and expected.key == _key(centred_BD, k_aux, signed) and torch.equal(expected.dead_N, dead_N):
             W_enc_ND = expected.selection.inputs[1]
             values_BK, indices_BK = expected.selection.finish()
@@ -113,15 +116,33 @@ class DeadLatents:
             W_enc_ND = self._dead_rows(params, dead_N, "W_enc")
             values_BK, indices_BK = companion.encode_select(centred_BD, W_enc_ND, params["b_enc"][dead_N], k_aux, "abs" if signed else "top")
         W_dec_ND = self._dead_rows(params, dead_N, "W_dec")
-        (miss_BD,) = self._buffers(miss_BD=residual_BD.shape)
         error, g_enc_ND, g_dec_ND, g_b_N = self._gradients(
-            miss_BD.copy_(residual_BD), centred_BD.contiguous(), values_BK, indices_BK, W_dec_ND, alpha / float(spread)
+            miss_BD, centred_BD.contiguous(), values_BK, indices_BK, W_dec_ND, alpha / spread
         )
         # dead_N has no duplicates, so these indexed sums do not depend on an order.
         grads["W_enc"].index_add_(0, dead_N, g_enc_ND)
         grads["W_dec"].index_add_(0, dead_N, g_dec_ND)
         grads["b_enc"].index_add_(0, dead_N, g_b_N)
         return alpha * error / spread
+
+    def _copied(self, residual_BD: Tensor) -> tuple[Tensor, float]:
+        """A copy of the residual, and Σ|e − ē|² = Σ|e|² − B |ē|²: where little would be left of the difference, computed as it is written."""
+        residual_BD = residual_BD.contiguous()
+        n_rows, d = residual_BD.shape
+        (miss_BD,) = self._buffers(miss_BD=(n_rows, d))
+        count = -(-n_rows // ROWS_COPIED)
+        sums_PD, squares = torch.empty(count, d), [0.0] * count
+        e, copy, sums = residual_BD.numpy(), miss_BD.numpy(), sums_PD.numpy()
+
+        def piece(p: int) -> None:
+            squares[p] = self.loops.copy_rows(p * ROWS_COPIED, min(n_rows, (p + 1) * ROWS_COPIED), e, copy, sums[p])
+
+        self.team.run(piece, count)
+        total = math.fsum(squares)
+        spread = total - float(sums_PD.double().sum(0).square().sum()) / n_rows
+        if not spread > LITTLE_LEFT * total:
+            spread = float((residual_BD - residual_BD.mean(0)).square_().sum())
+        return miss_BD, max(spread, torch.finfo(torch.float32).tiny)
 
     def _gradients(
         self, residual_BD: Tensor, x_BD: Tensor, values_BK: Tensor, indices_BK: Tensor, W_dec_FD: Tensor, weight: float

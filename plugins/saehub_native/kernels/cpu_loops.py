@@ -11,6 +11,8 @@ import numpy as np
 from saehub_native.kernels.cpu_arithmetic import add, dot, dots, jit, prefetch_row, weighted_sum
 
 FLOAT32, BFLOAT16, INT8 = 0, 1, 2
+TOGETHER = 32
+"""Latents whose gradients fit in the second cache with room to spare."""
 
 
 # Rows for the ranking product
@@ -30,7 +32,7 @@ def low_rows(start, stop, x_BD, kind, smooth_D, low16_BD, low8_BD, low_scale_B):
         elif kind == INT8:
             for i in range(d):
                 scaled_D[i] = x_BD[b, i] / smooth_D[i]
-            low_scale_B[b] = _to_int8(scaled_D, low8_BD[b])
+            low_scale_B[b] = _to_int8(scaled_D, bits_D, low8_BD[b])
 
 
 @jit
@@ -53,7 +55,7 @@ def _shadow(w_D, kind, smooth_D, low16_FD, low8_FD, low_scale_F, f, scaled_D, bi
     elif kind == INT8:
         for i in range(d):
             scaled_D[i] = w_D[i] * smooth_D[i]
-        low_scale_F[f] = _to_int8(scaled_D, low8_FD[f])
+        low_scale_F[f] = _to_int8(scaled_D, bits_D, low8_FD[f])
 
 
 @jit
@@ -65,12 +67,18 @@ def _to_bfloat16(bits_D, out_D):
 
 
 @jit
-def _to_int8(x_D, out_D):
-    """round(127 x / max|x|) into `out_D`; returns max|x| / 127."""
-    top = np.float32(1e-30)
-    for i in range(x_D.shape[0]):
-        a = abs(x_D[i])
-        top = a if a > top else top
+def _to_int8(x_D, bits_D, out_D):
+    """round(127 x / max|x|) into `out_D`; returns max|x| / 127. `bits_D` is `x_D` as int32: whole numbers, whose maximum is found many at a time.
+
+    Where x is not finite, zeros and the maximum, so that no score of these can be taken for a number.
+    """
+    bits = np.int32(0)
+    for i in range(bits_D.shape[0]):
+        bits = max(bits, bits_D[i] & np.int32(0x7FFFFFFF))
+    top = max(np.int32(bits).view(np.float32), np.float32(1e-30))
+    if not top < np.inf:
+        out_D[:] = 0
+        return top
     factor = np.float32(127) / top
     for i in range(x_D.shape[0]):
         out_D[i] = np.int8(np.rint(x_D[i] * factor))
@@ -104,6 +112,18 @@ def reconstruct_rows(start, stop, target_BD, index_BK, value_BK, W_dec_FD, weigh
         dots(g_D, W_dec_FD, index_K, n, delta_K, False)
         for j in range(n):
             delta_BK[b, active_K[j]] = delta_K[j]
+
+
+@jit
+def copy_rows(start, stop, e_BD, copy_BD, sum_D):
+    """`copy_BD` = `e_BD`, and `sum_D` the sum of the rows start … stop − 1; returns the sum of their squares."""
+    square = 0.0
+    sum_D[:] = 0
+    for b in range(start, stop):
+        copy_BD[b] = e_BD[b]
+        add(np.float32(1), e_BD[b], sum_D)
+        square += dot(e_BD[b], e_BD[b])
+    return square
 
 
 @jit
@@ -231,18 +251,22 @@ def update_latents(
     start, stop, offset_F, row_N, place_N, weight_N, source_BD, slot_F, extra_ED, sphere, tiny, W_FD, m_FD, v_FD, factor, new1, beta2,
     new2, size, spread, eps, kind, smooth_D, low16_FD, low8_FD, low_scale_F,
 ):  # fmt: skip
-    """Gradient, projection, Adam, unit norm and low-precision copy of latents start … stop − 1, each while its row is in cache."""
+    """Gradient, projection, Adam, unit norm and low-precision copy of latents start … stop − 1, some of them at a time: gathering the rows of
+    the pairs and streaming through the weights and moments do not disturb each other, and the gradients stay in cache between."""
     d = W_FD.shape[1]
-    g_D, scaled_D = np.empty(d, np.float32), np.empty(d, np.float32)
+    g_GD, some_G, scaled_D = np.empty((TOGETHER, d), np.float32), np.empty(TOGETHER, np.bool_), np.empty(d, np.float32)
     bits_D = scaled_D.view(np.int32)
-    for f in range(start, stop):
-        w_D = W_FD[f]
-        some = _sum_pairs(f, offset_F, row_N, place_N, weight_N, source_BD, slot_F, extra_ED, g_D)
-        if sphere and some:
-            _project(g_D, w_D)
-        _adam(w_D, m_FD[f], v_FD[f], g_D, factor, new1, beta2, new2, size, spread, eps)
-        if sphere:
-            inverse = np.float32(1) / max(np.sqrt(dot(w_D, w_D)), tiny)
-            for i in range(d):
-                w_D[i] *= inverse
-        _shadow(w_D, kind, smooth_D, low16_FD, low8_FD, low_scale_F, f, scaled_D, bits_D)
+    for first in range(start, stop, TOGETHER):
+        last = min(stop, first + TOGETHER)
+        for f in range(first, last):
+            some_G[f - first] = _sum_pairs(f, offset_F, row_N, place_N, weight_N, source_BD, slot_F, extra_ED, g_GD[f - first])
+        for f in range(first, last):
+            w_D, g_D = W_FD[f], g_GD[f - first]
+            if sphere and some_G[f - first]:
+                _project(g_D, w_D)
+            _adam(w_D, m_FD[f], v_FD[f], g_D, factor, new1, beta2, new2, size, spread, eps)
+            if sphere:
+                inverse = np.float32(1) / max(np.sqrt(dot(w_D, w_D)), tiny)
+                for i in range(d):
+                    w_D[i] *= inverse
+            _shadow(w_D, kind, smooth_D, low16_FD, low8_FD, low_scale_F, f, scaled_D, bits_D)

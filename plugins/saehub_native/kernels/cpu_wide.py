@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from saehub_native.kernels.cpu_arithmetic import ascending, dot, dots, jit, weighted_sum
+from saehub_native.kernels.cpu_arithmetic import ascending, dot, dots, dots_and_sum, jit, weighted_sum
 from saehub_native.kernels.cpu_select import BFLOAT16, _float, _flipped, _keep_best, _kth_largest, _open, _select
 
 TILE_BYTES = 576 << 10
@@ -194,8 +194,7 @@ def gradients_of_latents(start, stop, W_dec_FD, start_PF, row_N, weight_N, delta
         base = block * BLOCK * width
         for f in range(start, stop):
             p, q = base + start_PF[block, f], base + start_PF[block, f + 1]
-            dots(W_dec_FD[f], grad_BD, row_N[p:q], q - p, delta_N[p:q], False)
-            weighted_sum(weight_N[p:q], grad_BD, row_N[p:q], q - p, dec_FD[f], False)
+            dots_and_sum(W_dec_FD[f], grad_BD, row_N[p:q], q - p, weight_N[p:q], delta_N[p:q], dec_FD[f])
     for block in range(start_PF.shape[0]):
         base = block * BLOCK * width
         for f in range(start, stop):
