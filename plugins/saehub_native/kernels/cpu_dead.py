@@ -21,7 +21,7 @@ SPARSE_FROM = 3
 """Dead latents for each one that a row selects, from which the sparse step takes less time than dense products."""
 BLOCKS_A_PIECE, WIDE_LATENTS = 16, 1024
 ROWS_COPIED, LITTLE_LEFT = 128, 1e-2
-ROWS_AT_ONCE = 32
+ROWS_AT_ONCE = 64
 """Rows whose scores of all latents fit in cache."""
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from saehub_native.kernels.cpu_arithmetic import ascending, dot, dots, jit
+from saehub_native.kernels.cpu_arithmetic import LINE, ascending, dot, dots, jit, prefetch
 
 FLOAT32, BFLOAT16, INT8 = 0, 1, 2
 LANES = 64
@@ -96,20 +96,20 @@ def _reaching(kind, mask, scores32_F, scores16_F, scale_F, row_scale, b_enc_F, f
         else:
             score = _float(scores32_F[f]) + b_enc_F[f]
         score = _float(_bits(score) & mask)
-        if not score < bound:  # what is not a number is seen
-            found_C[m], score_C[m] = f, score
-            m += 1
+        found_C[m], score_C[m] = f, score  # written in any case: a branch that nobody can predict takes longer
+        m += np.int64(not score < bound)  # what is not a number is seen
     return m
 
 
 @jit
-def _maxima(kind, mask, scores32_F, scores16_F, scale_F, row_scale, b_enc_F, group, maxima_G, found_G):
-    """The largest score of each group; returns how many groups.
+def _maxima(kind, mask, scores32_CF, scores16_CF, row, scale_F, row_scale, b_enc_F, group, maxima_G, found_G):
+    """The largest score of each group of a row; returns how many groups. The next row is asked for meanwhile: scores of a chunk come from memory.
 
     A block of LANES · group latents holds LANES groups, the members of each LANES apart, so that comparisons vectorise and an opened group
     lies close together. Latents beyond the last whole block are groups of one.
     """
     n, block = b_enc_F.shape[0], LANES * group
+    scores32_F, scores16_F, following = scores32_CF[row], scores16_CF[row], min(row + 1, scores32_CF.shape[0] - 1)
     filled = 0
     for first in range(0, n - block + 1, block):
         top_L = maxima_G[filled : filled + LANES]
@@ -117,6 +117,12 @@ def _maxima(kind, mask, scores32_F, scores16_F, scale_F, row_scale, b_enc_F, gro
             top_L[i] = -np.inf
         for f in range(first, first + block, LANES):
             b_L = b_enc_F[f : f + LANES]
+            if kind == BFLOAT16:
+                for i in range(f, f + LANES, 2 * LINE):
+                    prefetch(scores16_CF, following, i)
+            else:
+                for i in range(f, f + LANES, LINE):
+                    prefetch(scores32_CF, following, i)
             if kind == INT8:
                 s_L, scale_L = scores32_F[f : f + LANES], scale_F[f : f + LANES]
                 for i in range(LANES):
@@ -141,16 +147,16 @@ def _maxima(kind, mask, scores32_F, scores16_F, scale_F, row_scale, b_enc_F, gro
 
 
 @jit
-def _open(kind, by_size, scores32_F, scores16_F, scale_F, row_scale, b_enc_F, need, maxima_G, found_C, score_C):
-    """The latents whose score is at least t, and their scores, for a t that at least `need` of them reach. Returns their number and t.
+def _open(kind, by_size, scores32_CF, scores16_CF, row, scale_F, row_scale, b_enc_F, need, maxima_G, found_C, score_C):
+    """The latents of a row whose score is at least t, and their scores, for a t that at least `need` of them reach. Returns their number and t.
 
     t is (nearly) the need-th largest of the maxima of groups, so at least `need` latents reach it; only groups that reach it are opened.
     """
-    n = b_enc_F.shape[0]
+    n, scores32_F, scores16_F = b_enc_F.shape[0], scores32_CF[row], scores16_CF[row]
     group = group_size(n, need)
     whole = n // (LANES * group) * LANES
     mask = np.int32(0x7FFFFFFF) if by_size else np.int32(-1)
-    filled = _maxima(kind, mask, scores32_F, scores16_F, scale_F, row_scale, b_enc_F, group, maxima_G, found_C)
+    filled = _maxima(kind, mask, scores32_CF, scores16_CF, row, scale_F, row_scale, b_enc_F, group, maxima_G, found_C)
     keys_G = maxima_G.view(np.int32)
     for i in range(filled):
         keys_G[i] = _flipped(keys_G[i])
@@ -226,7 +232,7 @@ def _keep_best(order_C, last, k, found_C, value_C, count, kept_C, kept_value_C):
 
 @jit
 def _select(
-    x_D, W_enc_FD, b_enc_F, kind, by_size, scores32_F, scores16_F, scale_F, row_scale, k, r, guard, maxima_G, found_C, score_C, value_C, order_C
+    x_D, W_enc_FD, b_enc_F, kind, by_size, scores32_CF, scores16_CF, row, scale_F, row_scale, k, r, guard, maxima_G, found_C, score_C, value_C, order_C
 ):  # fmt: skip
     """The float32 top k of a row (by |p| if `by_size`): candidates by score, decided by exact values.
 
@@ -238,7 +244,7 @@ def _select(
     n = b_enc_F.shape[0]
     need, again, total = min(n, k + r), 0, 0
     while True:
-        m, t = _open(kind, by_size, scores32_F, scores16_F, scale_F, row_scale, b_enc_F, need, maxima_G, found_C, score_C)
+        m, t = _open(kind, by_size, scores32_CF, scores16_CF, row, scale_F, row_scale, b_enc_F, need, maxima_G, found_C, score_C)
         bits_C = score_C.view(np.int32)
         for c in range(m):
             order_C[c] = _flipped(bits_C[c])
@@ -277,7 +283,7 @@ def select_rows(
     found_C, order_C = np.empty(n, np.int64), np.empty(n, np.int32)
     for b in range(start, stop):
         taken, m, again = _select(
-            x_BD[b], W_enc_FD, b_enc_F, kind, by_size, scores32_CF[b - at], scores16_CF[b - at], scale_F, row_scale_B[b], k, r, guard,
+            x_BD[b], W_enc_FD, b_enc_F, kind, by_size, scores32_CF, scores16_CF, b - at, scale_F, row_scale_B[b], k, r, guard,
             maxima_G, found_C, score_C, value_C, order_C,
         )  # fmt: skip
         exact_B[b], again_B[b] = m, again

@@ -71,7 +71,7 @@ def select_wide_rows(
         for i in range(rows):
             b = first + i
             m, t = _open(
-                kind, by_size, scores32_CF[b - at], scores16_CF[b - at], scale_F, row_scale_B[b], b_enc_F, need, maxima_G, found_C, score_C
+                kind, by_size, scores32_CF, scores16_CF, b - at, scale_F, row_scale_B[b], b_enc_F, need, maxima_G, found_C, score_C
             )
             bound_R[i] = t
             count_R[i] = m if m <= places else 0
@@ -103,7 +103,7 @@ def select_wide_rows(
                 again = 0 if m == n or bar - bound_R[i] >= guard * np.sqrt(square / np.float32(m)) or not (square < np.inf) else 1
             if m == 0 or again:
                 taken, total, again = _select(
-                    x_BD[b], W_enc_FD, b_enc_F, kind, by_size, scores32_CF[b - at], scores16_CF[b - at], scale_F, row_scale_B[b], k, r, guard,
+                    x_BD[b], W_enc_FD, b_enc_F, kind, by_size, scores32_CF, scores16_CF, b - at, scale_F, row_scale_B[b], k, r, guard,
                     maxima_G, found_C, score_C, value_C, order_C,
                 )  # fmt: skip
                 for j in range(taken):
