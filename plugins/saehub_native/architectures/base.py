@@ -71,13 +71,15 @@ class Base:
         raise NotImplementedError(f"{type(self).__name__}.first_choice")
 
     # ------------------------------------------------------------------ pieces of a step
-    def centred(self, params: Mapping[str, Tensor], x_BD: Tensor) -> Tensor:
-        """x'. A fresh tensor even without subtraction: matrix products may depend on how their input is aligned in memory."""
-        return x_BD - params["b_dec"] if self.subtract_b_dec else x_BD.clone()
+    def centred(self, params: Mapping[str, Tensor], x_BD: Tensor, out: Tensor | None = None) -> Tensor:
+        """x'. Never x itself, even without subtraction: matrix products may depend on how their input is aligned in memory."""
+        if self.subtract_b_dec:
+            return torch.sub(x_BD, params["b_dec"], out=out)
+        return x_BD.clone() if out is None else out.copy_(x_BD)
 
-    def unexplained(self, params: Mapping[str, Tensor], x_BD: Tensor, y_BD: Tensor) -> Tensor:
-        """y − b_dec − x W_skipᵀ: what the latents have to reconstruct; a fresh tensor."""
-        target_BD = y_BD - params["b_dec"]
+    def unexplained(self, params: Mapping[str, Tensor], x_BD: Tensor, y_BD: Tensor, out: Tensor | None = None) -> Tensor:
+        """y − b_dec − x W_skipᵀ: what the latents have to reconstruct; never y itself."""
+        target_BD = torch.sub(y_BD, params["b_dec"], out=out)
         return target_BD.addmm_(x_BD, params["W_skip"].t(), alpha=-1) if self.config.skip else target_BD
 
     def outer_gradients(

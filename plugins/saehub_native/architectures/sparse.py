@@ -51,12 +51,12 @@ class Sparse(Base):
 
     def gradients(self, params: Mapping[str, Tensor], x_BD: Tensor, y_BD: Tensor, dead_F: Tensor, step: int | None = None) -> StepResult:
         config, n_rows, k = self.config, x_BD.shape[0], self.k(step)
-        centred_BD = self.centred(params, x_BD)
+        centred_BD = self.centred(params, x_BD, self.kernels.room("centred", x_BD.shape))
         k_aux, signed = config.aux_latents(self.job), self.rule == "abs"
         if config.auxk_alpha > 0:
             self.kernels.expect_auxk(params, centred_BD, dead_F, k_aux, signed)
         values_BK, indices_BK = self.select(params, centred_BD, k)
-        target_BD = self.unexplained(params, x_BD, y_BD)
+        target_BD = self.unexplained(params, x_BD, y_BD, self.kernels.room("target", y_BD.shape))
         weight = 1.0 / (n_rows * self.constants["variance"])
         grads, loss, residual_BD, grad_BD, squared_error = self.reconstruction(params, centred_BD, target_BD, values_BK, indices_BK, weight)
         loss = loss + add_auxk(

@@ -77,6 +77,10 @@ class Kernels(Protocol):
         """What someone who uses the result should know about how it was computed."""
         ...
 
+    def room(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
+        """Memory for a tensor of a step, the same in every step; None: whoever needs it allocates it."""
+        ...
+
     def encode_select(self, x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, k: int, rule: Rule = "top") -> tuple[Tensor, Tensor]:
         """The k chosen pre-activations `p = x W_encᵀ + b_enc` of each row: float32 [B, K] and int64 [B, K], in no particular order.
 

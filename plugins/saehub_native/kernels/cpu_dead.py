@@ -60,6 +60,10 @@ class DeadLatents:
     _expected: Expected | None = None
     _held: dict[str, Tensor] | None = None
 
+    def room(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """As the protocol says."""
+        return self._buffers(**{name: tuple(shape)})[0]
+
     def companion(self) -> CpuKernels:
         """Kernels for the dictionary of dead latents."""
         from saehub_native.kernels.cpu import CpuKernels

@@ -137,6 +137,9 @@ class ReferenceKernels:
     def cautions(self) -> list[str]:
         return []
 
+    def room(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
+        return None
+
     def expect_auxk(self, *arguments: Any, **settings: Any) -> None:
         pass
 
