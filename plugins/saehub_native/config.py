@@ -184,9 +184,9 @@ class SparseConfig(TrainConfig):
         return min(self.d_sae(job), self.k_aux if self.k_aux is not None else max(1, job.d_in // 2))
 
     def memory(self, job: Job) -> int:
-        """As every native trainer, and AuxK with all latents dead (weights, gradients, two chunks)."""
-        latents = self.d_sae(job)
-        auxk = 8 * latents * (job.d_in + job.d_out) + 4 * (32 << 20) if self.auxk_alpha > 0 else 0
+        """As every native trainer, and AuxK with all latents dead (weights, gradients, chunks of scores, its pairs in three orders, residual and gradient)."""
+        latents, pairs = self.d_sae(job), self.batch * self.aux_latents(job)
+        auxk = 8 * latents * (job.d_in + job.d_out) + 4 * (32 << 20) + 32 * pairs + 8 * self.batch * job.d_out if self.auxk_alpha > 0 else 0
         return super().memory(job) + auxk + 6 * 8 * self.batch * max(self.k, self.first_k(job))
 
     def check(self, job: Job) -> Iterator[str]:
