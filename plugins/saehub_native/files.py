@@ -10,7 +10,7 @@ import torch
 
 from saehub.api import Rows
 from saehub.data.order import permutation
-from saehub.errors import UsageError, did_you_mean
+from saehub.errors import FormatError, UsageError, did_you_mean
 from saehub_native.extract_config import FilesConfig
 from saehub_native.files_layout import Column, Layout
 
@@ -62,15 +62,18 @@ class FilesSession:
         return self.layout.content_hash()
 
     def rows(self, batch: int) -> Rows:
-        """The rows of one batch, on the CPU, in the files' dtype."""
+        """The rows of one batch, on the CPU, in the files' dtype. FormatError, with file and row, where one that is kept is not finite."""
         i, j = self._range(batch)
         ids = {name: torch.from_numpy(column.read(i, j).astype(np.int64)) for name, column in self.layout.ids.items()}
         if self.layout.context is not None:
             row_N = torch.arange(i, j)
             ids.setdefault("positions", row_N % self.layout.context)
             ids.setdefault("sequences", row_N // self.layout.context)
+        keep_N = torch.from_numpy(self.layout.keep(i, j))
         acts = {site: _tensor(self.layout.sites[site], i, j) for site in self.sites}
-        return Rows(acts, torch.from_numpy(self.layout.keep(i, j)), ids.get("token_ids"), ids.get("positions"), ids.get("sequences"))
+        for site, acts_ND in acts.items():
+            _refuse_broken(self.layout.sites[site], acts_ND, keep_N, i)
+        return Rows(acts, keep_N, ids.get("token_ids"), ids.get("positions"), ids.get("sequences"))
 
     def kept(self, batch: int) -> int:
         """Rows of that batch that are not excluded."""
@@ -81,6 +84,21 @@ class FilesSession:
 
     def close(self) -> None:
         """Files are mapped, not held."""
+
+
+def _refuse_broken(column: Column, acts_ND: torch.Tensor, keep_N: torch.Tensor, first: int) -> None:
+    finite_ND = acts_ND.isfinite()
+    if finite_ND.all():
+        return
+    bad_N = ~finite_ND.all(1) & keep_N
+    if bad_N.any():
+        row = first + int(bad_N.nonzero()[0, 0])
+        file, inside = column.place(row)
+        raise FormatError(
+            f"{file}: {inside} of {column.name!r} holds NaN or infinite numbers",
+            why=f"row {row:,} of the folder, counted from 0; {int(bad_N.sum()):,} of the {len(bad_N):,} rows that were read with it",
+            fix="leave such rows out, or write them again (float16 ends at 65,504: store bfloat16 or float32)",
+        )
 
 
 def _tensor(column: Column, i: int, j: int) -> torch.Tensor:

@@ -66,6 +66,15 @@ class Column:
         return np.concatenate(pieces) if pieces else self.parts[0].map(self.width_dims)[:0]
 
 
+    def place(self, row: int) -> tuple[Path, str]:
+        """The file that holds a row, and `row 3`, or `sequence 0, position 3`, inside of it."""
+        number = int(np.searchsorted(self.starts, row, side="right")) - 1
+        part, inside = self.parts[number], row - int(self.starts[number])
+        if len(part.shape) - self.width_dims == 2:
+            return part.file, f"sequence {inside // part.shape[1]:,}, position {inside % part.shape[1]:,}"
+        return part.file, f"row {inside:,}"
+
+
 class Layout:
     """What a folder holds."""
 

@@ -51,7 +51,7 @@ class Sample:
     tokens_BT: Tensor | None
     """Its token ids, whole sequences; None where activations come from files."""
     settings: dict[str, Any]
-    """dtype, normalize, context, block, lm_batch, batch, exclude (token ids); what the recipe says."""
+    """dtype, normalize, context, block, lm_batch, batch, exclude (token ids); what the recipe says. `of`: rows that the files hold."""
     order: Order | None = None
     """How rows follow each other in the stream; None where they come without sequences."""
 
@@ -91,7 +91,9 @@ def _finite(site: str, sample: Sample, model: ModelHandle | None) -> Iterator[Ch
         fix = "model.dtype: bfloat16 or float32 (float16 overflows), and check the model's weights"
         yield Check("finite", "failed", f"{bad:,} of {len(x_ND):,} rows hold NaN or infinite numbers", fix)
         return
-    yield Check("finite", "ok", f"{len(x_ND):,} rows")
+    total = sample.settings.get("of")
+    part = "" if total in (None, len(x_ND)) else f" of {total:,}, from all over the files; the others are checked when they are read"
+    yield Check("finite", "ok", f"{len(x_ND):,} rows{part}")
 
 
 def _constant(site: str, sample: Sample, model: ModelHandle | None) -> Iterator[Check]:

@@ -7,10 +7,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from saehub.errors import SaehubError, StageFailed
+from saehub.errors import FormatError, SaehubError, StageFailed
 from saehub.preflight.checks import Check, Sample, check_site, check_stream
 
 if TYPE_CHECKING:
+    from saehub.api import Rows
     from saehub.data.tokens import TokenDataset
     from saehub.pipeline.context import Context
     from saehub.pipeline.plan import Plan
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 SEQUENCES = 16
 """Sequences looked at: enough for every check, a few forward passes of the model."""
+FILE_BYTES = 128 << 20
+"""Bytes of stored activations that are looked at."""
 
 
 def preflight(context: Context, tokens: TokenDataset | None = None) -> list[Check]:
@@ -30,7 +33,10 @@ def preflight(context: Context, tokens: TokenDataset | None = None) -> list[Chec
     model = context.model if tokens is not None else None
     found: list[Check] = []
     if sites:
-        sample = read(context, tokens, sites)
+        try:
+            sample = read(context, tokens, sites)
+        except FormatError as error:  # files that cannot be trained on
+            return [Check("activations", "failed", " — ".join(filter(None, (error.what, error.why))), error.fix)]
         for site in sites:
             found += check_site(site, sample, model)
         found += check_stream(sample, model)
@@ -46,7 +52,7 @@ def sites_of(plan: Plan) -> list[str]:
 
 
 def read(context: Context, tokens: TokenDataset | None, sites: list[str]) -> Sample:
-    """The first language-model batch, at most `SEQUENCES` sequences of it."""
+    """The first language-model batch, at most `SEQUENCES` sequences of it; of files, which cost no model, `FILE_BYTES` of rows from all over them."""
     import torch
 
     from saehub.api import Rows
@@ -54,7 +60,8 @@ def read(context: Context, tokens: TokenDataset | None, sites: list[str]) -> Sam
     plan, extract = context.plan, context.plan.recipe.extract
     session = context.open_extractor(tokens, sites)
     try:
-        rows = session.rows(0)
+        rows = session.rows(0) if tokens is not None else _many(session)
+        total = sum(session.kept(batch) for batch in range(session.n_batches)) if tokens is None else None
     finally:
         session.close()
     width = tokens.context if tokens is not None else None
@@ -64,10 +71,28 @@ def read(context: Context, tokens: TokenDataset | None, sites: list[str]) -> Sam
     train = plan.recipe.data.train if plan.recipe.data else None
     settings = {
         "dtype": extract.dtype, "normalize": extract.normalize, "block": extract.block, "lm_batch": extract.lm_batch, "context": width,
-        "batch": max((stage.spec["job"].batch for stage in plan.of("train")), default=None), "exclude": list(train.exclude) if train else [],
+        "batch": max((stage.spec["job"].batch for stage in plan.of("train")), default=None), "exclude": list(train.exclude) if train else [], "of": total,
     }  # fmt: skip
     tokens_BT = rows.token_ids_N.view(-1, width).to(torch.int64) if width and rows.token_ids_N is not None else None
     return Sample(rows, tokens_BT, settings, _order(plan, tokens, settings))
+
+
+def _many(session: Any) -> Rows:
+    """Rows of the first batches of a session over files, whose order is a random one."""
+    import torch
+
+    from saehub.api import Rows
+
+    first = session.rows(0)
+    one = sum(acts.numel() * acts.element_size() for acts in first.acts.values())
+    parts = [first, *(session.rows(batch) for batch in range(1, min(session.n_batches, FILE_BYTES // max(one, 1))))]
+
+    def join(columns: list[Any]) -> Any:
+        return None if columns[0] is None else torch.cat(columns)
+
+    acts = {site: torch.cat([part.acts[site] for part in parts]) for site in first.acts}
+    names = ("keep_N", "token_ids_N", "positions_N", "sequences_N")
+    return Rows(acts, *(join([getattr(part, name) for part in parts]) for name in names))
 
 
 def _order(plan: Plan, tokens: TokenDataset | None, settings: dict[str, Any]) -> Order | None:

@@ -155,6 +155,31 @@ def test_broken_folders_are_named(tmp_path):
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize("layout", ["safetensors", "npy", "folders"])
+def test_a_row_that_is_not_finite_is_named_with_its_file(tmp_path, layout):
+    folder = write(tmp_path / "acts", layout)
+    whole = {name: x.clone() for name, x in table().items()}
+    whole[B][101 + 7, 2] = float("nan")
+    place = {"safetensors": folder / "part-2.safetensors", "npy": folder / f"{B}.npy", "folders": folder / B / "2.npy"}[layout]
+    if layout == "safetensors":
+        save_file({name: x[101:].contiguous() for name, x in whole.items()}, place)
+    else:
+        np.save(place, whole[B].numpy()[0 if layout == "npy" else 101 :])
+    inside = 108 if layout == "npy" else 7
+    session = FilesExtractor(FilesConfig(str(folder))).open(None, None, [A, B], lm_batch=32)
+    with pytest.raises(FormatError) as caught:
+        everything(session)
+    assert caught.value.what == f"{place}: row {inside} of {B!r} holds NaN or infinite numbers" and "row 108 of the folder" in caught.value.why
+    everything(FilesExtractor(FilesConfig(str(folder), exclude_ids=(108 % 17,))).open(None, None, [A, B], lm_batch=32))  # nobody gets that row
+    x = torch.zeros(7, 5, D, dtype=torch.bfloat16)
+    x[3, 2, 0] = float("inf")
+    save_file({A: x}, tmp_path / "whole.safetensors")
+    with pytest.raises(FormatError, match="sequence 3, position 2 of 'resid_post.0'"):
+        session = FilesExtractor(FilesConfig(str(tmp_path))).open(None, None, [A], lm_batch=64)
+        session.rows(0)
+
+
+@pytest.mark.quick
 def test_planning_needs_no_torch(tmp_path):
     import subprocess
     import sys

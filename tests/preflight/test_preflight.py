@@ -205,6 +205,31 @@ def test_rows_of_files_are_asked_what_they_can_answer():
     assert found["finite"] == "ok" and found["the tensor"] == found["padding"] == found["shuffled"] == "skipped"
 
 
+def test_files_are_looked_at_from_end_to_end(tmp_path):
+    """4,000 rows in two files: more than one batch of them is read, and a broken row is named by the doctor's line."""
+    from saehub.pipeline.plan import make_plan
+    from saehub.plugins import catalog
+    from saehub.preflight.run import for_recipe
+    from saehub.recipe import check_text
+
+    x_ND = torch.randn(4000, 8, generator=torch.Generator().manual_seed(0)).numpy()
+    (tmp_path / "acts" / "resid_post.0").mkdir(parents=True)
+    text = f"saehub: 1\nname: files\nextract: {{uses: native/files, with: {{path: {tmp_path}/acts}}, sites: [resid_post.0], calibration: 256}}\n"
+    text += "train: [{id: a, uses: native/topk, with: {k: 2, width: 16, batch: 100}}]\n"
+
+    def asked():
+        for half in range(2):
+            np.save(tmp_path / "acts" / "resid_post.0" / f"{half}.npy", x_ND[2000 * half : 2000 * (half + 1)])
+        plan, problems = check_text(text, "files.yaml")
+        assert plan is not None, problems
+        return {check.name: check for check in for_recipe(make_plan(plan, catalog(), base=tmp_path / "home"))}
+
+    assert asked()["resid_post.0: finite"].detail == "4,000 rows"
+    x_ND[3210, 1] = np.inf
+    (found,) = asked().values()
+    assert found.status == "failed" and f"{tmp_path}/acts/resid_post.0/1.npy: row 1,210 of 'resid_post.0'" in found.detail
+
+
 def principal(x_ND: torch.Tensor, k: int) -> SAE:
     """A ReLU SAE that is the projection on the k first principal directions: ±v_i as two latents each."""
     mean_D = x_ND.mean(0)
