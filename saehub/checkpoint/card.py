@@ -74,6 +74,7 @@ def _certificate(path: Path) -> list[str]:
     found = Certificate.read(path / FILE)
     source = f"{found.source.get('format')}, tensors {str(found.source.get('tensors_hash'))[:16]}…"
     lines = ["## Conversion certificate", "", f"Converted from {_plain(source)}: **{_plain(found.outcome)}**." + (f" {_plain(found.reason)}" if found.reason else "")]
+    lines += [f"\nCaution: the source's own {_plain(caution)}." for caution in found.cautions]
     rows: list[tuple[str, Any]] = []
     if found.rows:
         s, r = found.support, found.reconstruction

@@ -107,6 +107,7 @@ class Certificate:
         lines = [f"{self.source['path']} ({self.source['format']}) -> {self.target['path']} ({self.target['format']}): {self.outcome}"]
         if self.reason:
             lines.append(f"  {self.reason}")
+        lines += [f"  caution: the source's own {caution}" for caution in self.cautions]
         if self.rows:
             lines.append(
                 f"  {self.rows} rows ({self.inputs}), mean L0 {self.mean_l0:.1f}, {self.latents_exercised:.1%} of latents exercised, {self.active_share:.1%} of rows active"

@@ -48,6 +48,7 @@ def convert(
     verify: bool = True,
     allow_lossy: bool = False,
     keep_original: bool = False,
+    strict: bool = False,
     seed: int = 0,
     invoke: Invoke | None = None,
 ) -> Certificate:
@@ -58,7 +59,8 @@ def convert(
     `dst` unless it is complete. With `verify=False` neither library runs, and the outcome is `unverified`.
 
     Raises Refused (exit code 1) where the target cannot say it, or where the two differ and `allow_lossy` is not set; UsageError for an
-    unknown format or an existing `dst`; MissingDependency where a library that must run is not installed.
+    unknown format or an existing `dst`; CheckFailed where `src` was changed after a certificate of its own and `strict` is set (else the new
+    certificate has a caution: it proves what was converted, not that this is what was once written); MissingDependency where a library that must run is not installed.
     """
     from saehub.checkpoint.inputs import open_model
     from saehub.checkpoint.load import codec, locate, read, record_origin
@@ -78,6 +80,9 @@ def convert(
     changed = stale(path, found, certificate.source["tensors_hash"]) if source.sae is found else None
     if changed:
         certificate.cautions.append(changed)
+        if strict:
+            fix = "convert its source again, or leave --strict out: the certificate then carries this as a caution"
+            raise CheckFailed(f"{src} was changed after it was written", why=changed, fix=fix)
         warnings.warn(Caution(f"{src}: {changed}, so nothing vouches for what is converted now (saehub verify {src})"), stacklevel=2)
     reason = getattr(target.codec, "refusal", lambda sae: None)(source.sae)
     if reason:

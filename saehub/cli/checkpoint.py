@@ -26,6 +26,7 @@ MODEL = click.option("--model", metavar="MODEL", help="builtin/tiny-llama, a Hug
 @click.option("--allow-lossy", is_flag=True, help="Write what the target can carry, and say by how much it differs.")
 @click.option("--keep-original", is_flag=True, help="Store the source's tensors beside the target, for an exact way back.")
 @click.option("--no-verify", is_flag=True, help="Skip the certificate; the result says `unverified`.")
+@click.option("--strict", is_flag=True, help="Refuse a SRC that was changed after its own certificate (else: a caution in the new one).")
 @click.option("--push", metavar="hf://ORG/REPO", help="Upload the result with a model card (hf://ORG/REPO/FOLDER too).")
 @json_option()
 def convert(
@@ -37,6 +38,7 @@ def convert(
     allow_lossy: bool,
     keep_original: bool,
     no_verify: bool,
+    strict: bool,
     push: str | None,
     as_json: bool,
 ) -> int:
@@ -54,7 +56,7 @@ def convert(
     from saehub.cli.failure import FAILED, OK
 
     certificate = do(
-        source, destination, to, from_=from_, model=model, allow_lossy=allow_lossy, keep_original=keep_original, verify=not no_verify
+        source, destination, to, from_=from_, model=model, allow_lossy=allow_lossy, keep_original=keep_original, verify=not no_verify, strict=strict
     )
     failed = certificate.outcome in (INCONCLUSIVE, REFUSED)
     if not as_json:

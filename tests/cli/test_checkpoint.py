@@ -212,10 +212,11 @@ def test_convert_hands_its_options_on(saehub, converted):
         "--allow-lossy",
         "--keep-original",
         "--no-verify",
+        "--strict",
     )
     args, kwargs = converted.given
     assert [str(arg) for arg in args] == ["src", "dst", "saelens"]
-    assert kwargs == {"from_": "sparsify", "model": "gpt2", "allow_lossy": True, "keep_original": True, "verify": False}
+    assert kwargs == {"from_": "sparsify", "model": "gpt2", "allow_lossy": True, "keep_original": True, "verify": False, "strict": True}
 
 
 @pytest.mark.quick
@@ -230,6 +231,14 @@ def test_convert_to_our_own_format_really_works(saehub, checkpoint, tmp_path):
     certificate = json.loads((tmp_path / "dst" / "conversion.json").read_text())
     assert certificate["passed"] is True and said.data["certificate"]["support"]["unexplained"] == 0
     assert saehub("verify", tmp_path / "dst").code == 0
+
+
+def card_of(path) -> str:
+    """The model card that `--push` would send."""
+    from saehub.checkpoint.card import card
+    from saehub.checkpoint.inspect import inspect
+
+    return card(inspect(str(path)), path, "hf://me/mine")
 
 
 @pytest.mark.quick
@@ -248,6 +257,12 @@ def test_a_source_that_was_changed_after_its_own_conversion_is_told(saehub, chec
         said = saehub("convert", copy, tmp_path / "third", "--to", "saehub", "--no-verify", "--json")
     assert said.code == 0 and words in said.data["certificate"]["cautions"][0]
     assert words in saehub("verify", tmp_path / "third").out
+    with pytest.warns(Caution):
+        assert f"  caution: the source's own {words}" in saehub("convert", copy, tmp_path / "fourth", "--to", "saehub", "--no-verify").out
+    said = saehub("convert", copy, tmp_path / "fifth", "--to", "saehub", "--no-verify", "--strict")
+    assert said.code == 1 and words in said.err and not (tmp_path / "fifth").exists()
+    assert saehub("convert", checkpoint, tmp_path / "sixth", "--to", "saehub", "--no-verify", "--strict").code == 0
+    assert f"Caution: the source's own {words}" in card_of(tmp_path / "third")
     verified = saehub("verify", copy)
     assert verified.code == 1 and words in verified.out and verified.err.endswith("NOT verified: certificate\n")
 
