@@ -45,7 +45,7 @@ DEFINITIONS = {
     "frac_alive": ("alive latents", "share of latents whose activations over all rows sum to something other than 0"),
     "loss_original": ("loss", "cross-entropy of the model, mean over batches of text"),
     "loss_reconstructed": ("loss with x̂", "cross-entropy with x̂ in place of x at every position (BOS too)"),
-    "loss_zero": ("loss with 0", "cross-entropy with 0 in place of x"),
+    "loss_zero": ("loss with 0", "cross-entropy with 0 in place of x, at BOS too (saehub's own cross-entropies leave it as it is)"),
     "frac_recovered": ("loss recovered", "(loss_reconstructed - loss_zero) / (loss_original - loss_zero) of one batch of text, mean over batches"),
 }
 """Metric -> title, formula."""
@@ -105,7 +105,7 @@ class EvaluateEvaluator:
                 values[name].append(value)
         if reason is None and not used:
             reason = f"{about['dataset'].name} holds fewer than 2 rows"
-        yield from (_row(name, values[name], about, reason, f"batches of {self.config.batch} rows") for name in ROWS if name != "frac_alive")
+        yield from (_row(name, values[name], about, reason, _unit(used, self.config.batch, "rows")) for name in ROWS if name != "frac_alive")
         alive = None if reason else float((dictionary.fired_F != 0).float().sum() / dictionary.dict_size)
         note = None if reason else f"over {used} rows: it grows with their number, and the library gives no standard error"
         yield _measurement("frac_alive", alive, about, reason, n=used or None, unit_of_n="rows", note=note)
@@ -149,7 +149,15 @@ class EvaluateEvaluator:
                     found = (original, reconstructed, zero, (reconstructed - zero) / (original - zero) if original != zero else math.nan)
                     for name, value in zip(LOSSES, found, strict=True):
                         values[name].append(value)
-        yield from (_row(name, values[name], about, reason, f"batches of {self.config.batch_size} sequences") for name in LOSSES)
+        count = 0 if reason else count
+        yield from (_row(name, values[name], about, reason, _unit(count, self.config.batch_size, "sequences")) for name in LOSSES)
+
+
+def _unit(count: int, batch: int, what: str) -> str:
+    """What one of the numbers is that a mean is over: `batches of 32 sequences`, the last one perhaps smaller, or the one batch that there was."""
+    if 0 < count <= batch:
+        return f"batch of {count:,} {what}"
+    return f"batches of {'up to ' if count % batch else ''}{batch:,} {what}"
 
 
 def _refusal(subject: Subject) -> str | None:

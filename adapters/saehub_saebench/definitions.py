@@ -30,15 +30,16 @@ def _group(evaluator: str, *entries: tuple) -> dict[str, Definition]:
     return {name: Definition(f"saebench.{evaluator}.{name}/1", *rest) for name, *rest in entries}
 
 
+ZEROED = "zeros stand at BOS too, which saehub's own cross-entropies leave as it is: another baseline than theirs"
 _CORE = _group(
     "core",
     ("kl_div_score", "KL recovered (zero-ablation)", "1 - KL(clean ‖ SAE) / KL(clean ‖ zeros), as SAEBench computes it: log of a softmax, which underflows to NaN "
      "for confident models (published as -1).", "higher"),
-    ("kl_div_with_ablation", "KL, zero-ablation", "Mean over positions of KL(clean ‖ zeros at the site)."),
+    ("kl_div_with_ablation", "KL, zero-ablation", "Mean over positions of KL(clean ‖ zeros at the site, at every position).", "none", ZEROED),
     ("kl_div_with_sae", "KL with the SAE", "Mean over positions of KL(clean ‖ reconstruction at the site).", "lower"),
     ("kl_div_score_corrected", "KL recovered, corrected", "The same share from log-softmax, which does not underflow; on the same rows.", "higher"),
-    ("ce_loss_score", "CE recovered (zero-ablation)", "(CE_zero - CE_sae) / (CE_zero - CE_clean).", "higher"),
-    ("ce_loss_with_ablation", "cross-entropy, zero-ablation", "Mean over positions, nats."),
+    ("ce_loss_score", "CE recovered (zero-ablation)", "(CE_zero - CE_sae) / (CE_zero - CE_clean).", "higher", ZEROED),
+    ("ce_loss_with_ablation", "cross-entropy, zero-ablation", "Mean over positions, nats, with zeros at the site at every position.", "none", ZEROED),
     ("ce_loss_with_sae", "cross-entropy with the SAE", "Mean over positions, nats.", "lower"),
     ("ce_loss_without_sae", "cross-entropy, unchanged model", "Mean over positions, nats."),
     ("explained_variance", "explained variance (SAEBench 0.6)", "1 - mean‖x-x̂‖² / (mean‖x‖² - (mean x²)²): its total is no variance about the mean (about zero for "

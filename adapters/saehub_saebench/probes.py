@@ -13,7 +13,7 @@ from saehub.jsonio import sha256_file
 from saehub_saebench.config import SaeProbesConfig
 from saehub_saebench.evaluator import BenchEvaluator, Key
 from saehub_saebench.output import read
-from saehub_saebench.rows import Scores
+from saehub_saebench.rows import Scores, mean_over
 from saehub_saebench.sae import BenchSAE
 
 KINDS = ("test_accuracy", "test_auc", "test_f1")
@@ -92,7 +92,7 @@ class SaeProbes(BenchEvaluator):
         )
         found = run_eval(config, [("saehub", sae)], context.device, "output")
         output = read(Path("output"), found)
-        scores: dict[Key, Scores] = {(None, None): Scores(self._values(output["eval_result_metrics"]), output=output)}
+        scores: dict[Key, Scores] = {(None, None): Scores(self._values(output["eval_result_metrics"]), output=output, note=mean_over(self._datasets))}
         for detail in output["eval_result_details"]:
             name = detail["dataset_name"]
             ks = {f"sae_top_{k}_{kind}": value for k, kinds in (detail["sae_metrics_by_k"] or {}).items() for kind, value in kinds.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -28,6 +28,13 @@ class Scores:
     """Metric -> why it has no number."""
     output: dict[str, Any] | None = None
     """SAEBench's own result, as it would write it."""
+    note: str | None = None
+    """A caveat for all of them."""
+
+
+def mean_over(names: Sequence[str]) -> str:
+    """The caveat of a number that is no single dataset's."""
+    return f"mean over {len(names)} datasets" if len(names) != 1 else f"of the one dataset {names[0]}"
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,9 @@ class Place:
 def measurements(place: Place, scores: Mapping[int, Scores]) -> list[Measurement]:
     """A row a metric: the mean over seeds, its standard error s/√n, and a 95 % interval of Student's t with n - 1 degrees of freedom."""
     metrics = list(dict.fromkeys(metric for found in scores.values() for metric in found.values))
+    told = next((found.note for found in scores.values() if found.note), None)
+    if told:
+        place = replace(place, note="; ".join(filter(None, (told, place.note))))
     first = next((found.output for found in scores.values() if found.output is not None), None)
     rows = []
     for metric in metrics:
@@ -107,8 +117,6 @@ def _mean(place: Place, metric: str, values: list[float]) -> Measurement:
 
 
 def _with_part(row: Measurement, output: dict[str, Any]) -> Measurement:
-    from dataclasses import replace
-
     return replace(row, parts={**row.parts, OUTPUT: output})
 
 

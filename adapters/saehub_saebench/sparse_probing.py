@@ -15,7 +15,7 @@ from saehub_saebench import hubdata
 from saehub_saebench.config import SparseProbingConfig
 from saehub_saebench.evaluator import BenchEvaluator, Key
 from saehub_saebench.output import plain, provenance
-from saehub_saebench.rows import Scores
+from saehub_saebench.rows import Scores, mean_over
 from saehub_saebench.sae import BenchSAE
 from saehub_saebench.standin import Identity
 
@@ -115,7 +115,7 @@ class SparseProbing(BenchEvaluator):
             **provenance(sae),
         )
         names = list(self.config.dataset_names)
-        scores: dict[Key, Scores] = {(None, None): Scores(self._values(found), output=plain(result))}
+        scores: dict[Key, Scores] = {(None, None): Scores(self._values(found), output=plain(result), note=mean_over(names))}
         for name in names:
             scores[name, self._hash(name)] = Scores(self._values(found[f"{name}_results"]))
         return scores

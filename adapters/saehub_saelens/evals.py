@@ -15,7 +15,7 @@ from saehub.api import EvalContext, EvalDataset, Measurement, PlannedSAE, Subjec
 from saehub.errors import SaehubError
 from saehub.sites import Site
 from saehub_saelens import library
-from saehub_saelens.evals_config import METRICS, PREFIX, EvalsConfig
+from saehub_saelens.evals_config import METRICS, PREFIX, ZEROED, EvalsConfig
 
 if TYPE_CHECKING:
     from saehub.checkpoint.sae import SAE
@@ -238,6 +238,6 @@ class Evals:
             seed=context.seed,
             status=status,
             reason=reason,
-            note=note if status == "ok" else None,
+            note="; ".join([note, *([ZEROED] if ZEROED in METRICS[name].text else [])]) if status == "ok" else None,
             parts=parts or {},
         )

@@ -22,13 +22,14 @@ class Definition(NamedTuple):
     text: str
 
 
+ZEROED = "zeros stand at BOS too, which saehub's own cross-entropies leave as it is: another baseline than theirs"
 _KL, _CE = "Σ_v p_v log(p_v / q_v) a token, p the model's distribution", "cross-entropy a token of the model"
 METRICS: dict[str, Definition] = {
     "kl_div_score": Definition("reconstruction", "higher", "KL score", "(KL(zero) - KL(SAE)) / KL(zero): share of the zero-ablation's KL that the reconstruction avoids"),
-    "kl_div_with_ablation": Definition("reconstruction", "none", "KL, zero-ablated", f"{_KL}, q with zeros at the site"),
+    "kl_div_with_ablation": Definition("reconstruction", "none", "KL, zero-ablated", f"{_KL}, q with zeros at the site; {ZEROED}"),
     "kl_div_with_sae": Definition("reconstruction", "lower", "KL with the SAE", f"{_KL}, q with the reconstruction at the site"),
-    "ce_loss_score": Definition("reconstruction", "higher", "CE score", "(CE(zero) - CE(SAE)) / (CE(zero) - CE(model))"),
-    "ce_loss_with_ablation": Definition("reconstruction", "none", "CE, zero-ablated", f"{_CE} with zeros at the site"),
+    "ce_loss_score": Definition("reconstruction", "higher", "CE score", f"(CE(zero) - CE(SAE)) / (CE(zero) - CE(model)); {ZEROED}"),
+    "ce_loss_with_ablation": Definition("reconstruction", "none", "CE, zero-ablated", f"{_CE} with zeros at the site; {ZEROED}"),
     "ce_loss_with_sae": Definition("reconstruction", "lower", "CE with the SAE", f"{_CE} with the reconstruction at the site"),
     "ce_loss_without_sae": Definition("reconstruction", "none", "CE of the model", f"{_CE}, unchanged"),
     "l2_norm_in": Definition("activations", "none", "norm in", "mean of ‖x‖ over tokens"),

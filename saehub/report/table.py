@@ -160,5 +160,5 @@ def footnote(remark: str | None, notes: list[str]) -> str:
 
 
 def dataset_label(name: str | None) -> str:
-    """`in-sample` for `in_sample`; `weights only` for a number that needs no dataset."""
-    return "weights only" if name is None else name.replace("_", "-") if name in FIRST else name
+    """`in-sample` for `in_sample`; `overall` for a number that is about no single dataset: of the weights alone, a verdict, a mean over datasets."""
+    return "overall" if name is None else name.replace("_", "-") if name in FIRST else name

@@ -13,7 +13,7 @@ from saehub.errors import UsageError, did_you_mean
 ROWS = "Rows are the kept rows of the dataset: BOS, padding and whatever the recipe excludes are no rows."
 COUNTED = (
     "Counted are the positions whose own token and next token are both kept rows, the next one not being BOS. Interventions replace kept rows "
-    "alone; excluded positions keep their original activation, under ablation too."
+    "alone; excluded positions keep their original activation, under ablation too (elsewhere zeros often stand at BOS as well: another baseline)."
 )
 ERROR = (
     "Totals over rows divided by totals over rows; the standard error is over sequences, linearised: "
