@@ -24,6 +24,7 @@ from saehub.api import ModelSpec
 from saehub.data.model import load_tokenizer, read_shape, tokenizer_hash
 from saehub.data.order import permutation
 from saehub.data.packing import Packer, TokenPolicy, bos_id, check_policy, eos_id, excluded_ids, pick
+from saehub.data.sources import is_local
 from saehub.errors import FormatError, StageFailed, UsageError
 from saehub.jsonio import hash_json, read_json, sha256_file, write_json_atomic
 from saehub.seeds import derive
@@ -138,8 +139,8 @@ def build(
 
 
 def _seed(seed: int, index: int, entry: SourceEntry) -> int:
-    """The seed of one source's document order."""
-    return derive("source", seed, index, entry.source)
+    """The seed of one source's document order. Where files lie must not matter: local ones are told apart by their place in the mix."""
+    return derive("source", seed, index, "files" if is_local(entry.source) else entry.source)
 
 
 def _about(entry: SourceEntry, weight: float, packer: Packer, counts: list[int]) -> dict:

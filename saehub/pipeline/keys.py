@@ -45,8 +45,8 @@ def source_identity(entry: Any) -> dict:
     source = entry.source
     if source.startswith("builtin/"):
         identity["python"] = f"{platform.python_implementation()} {platform.python_version()}"
-    elif Path(source).exists():
-        identity["contents"] = tree_hash(Path(source))
+    elif (path := Path(source).expanduser()).exists():
+        identity |= {"source": "files", "contents": tree_hash(path)}  # wherever they lie
     return identity
 
 

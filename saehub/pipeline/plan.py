@@ -329,9 +329,9 @@ class _Planner:
             if registered is None or absent:
                 continue
             batch, rows = int(getattr(config, "batch", 4096)), self.stream["rows"]
-            if batch < 1:
+            if (wrong := batch < 1):
                 self._problem(f"{path}.with.batch", f"batch is {batch}; it must be at least 1")
-                continue
+                batch = 1
             seed = self.recipe.seed if entry.seed is None else entry.seed
             job = Job(
                 entry.id if entry.site or len(self.widths) == 1 else f"{entry.id}@{site}",
@@ -352,6 +352,8 @@ class _Planner:
                 continue
             for problem in self._problems_of(registered, config, job):
                 knob = str(problem).split()[0].rstrip(":")  # `k is 99, …`: the problem belongs to that setting
+                if wrong and knob == "batch":
+                    continue
                 self._problem(f"{path}.with.{knob}" if hasattr(config, knob) else f"{path}.with", str(problem))
             made.append(self._train_stage(registered, config, job, entry))
         self.warnings += grouped({stage.id.partition("/")[2]: stage.spec["cautions"] for stage in made})

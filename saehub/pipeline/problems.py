@@ -10,7 +10,7 @@ from saehub.pipeline.plan import make_plan
 from saehub.recipe import locator
 from saehub.recipe.check import check as check_recipe
 from saehub.recipe.check import in_order
-from saehub.recipe.salvage import concerns, salvage
+from saehub.recipe.salvage import concerns, salvage, shaky
 from saehub.recipe.tree import Problem
 
 if TYPE_CHECKING:
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 def check(path_or_name: str | os.PathLike[str], overrides: Overrides, catalog: Catalog) -> tuple[Recipe | None, list[Problem]]:
     """`saehub.recipe.check`, and what only a plan can say: a site that the model lacks, k above the width, no step of a batch.
 
-    A faulty recipe is planned without its faulty parts, and what could come from those is not told. Nothing is planned around a model that
+    A faulty recipe is planned without its faulty parts (of model, text and extraction: with their defaults), and what could come from those is
+    not told. Nothing is planned around a model that
     is not on this machine and declares no shape.
     """
     recipe, problems = check_recipe(path_or_name, overrides, catalog)
@@ -38,7 +39,7 @@ def check(path_or_name: str | os.PathLike[str], overrides: Overrides, catalog: C
         found = list(error.problems) or [at("", error.what, error.fix)]
     except SaehubError as error:
         found = [at("", error.what + (f" ({error.why})" if error.why else ""), error.fix)]
-    new = [problem for problem in found if not any(concerns(known, problem.path) for known in errors)]
+    new = [problem for problem in found if not any(concerns(known, problem.path, problem.message) for known in errors) and not shaky(errors, problem.path, problem.message)]
     return (None if new else recipe), in_order([*problems, *new], path_or_name, overrides)
 
 

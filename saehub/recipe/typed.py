@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 import typing
 from functools import lru_cache
@@ -10,8 +11,10 @@ from typing import Any
 
 from saehub.errors import did_you_mean
 from saehub.recipe.schema import yaml_name
-from saehub.recipe.tree import Node, Problem, join, plain, show
+from saehub.recipe.tree import Node, Problem, copy, join, plain, show, walk
 
+LAYERS = 8
+"""How many problems of one part of a recipe are looked behind."""
 _KINDS = {
     "string_type": "text",
     "int_type": "a whole number",
@@ -64,11 +67,65 @@ def fill(cls: type, node: Node, problems: list[Problem], what: str = "") -> Any:
         unknown_keys(cls, node, problems, what)
         return _checked(adapter(cls).validate_json(json.dumps(plain(node)), strict=True), len(problems) == before)
     except pydantic.ValidationError as error:
-        problems += _in_our_words(error.errors(include_url=False), node)
+        found = _in_our_words(error.errors(include_url=False), node)
+        problems += [*found, *_behind(cls, node, found)]
     except Exception as error:  # a plugin's own class: types that cannot be resolved, a __post_init__ that fails otherwise
         text = f"{type(error).__name__}: {error}"
         problems.append(Problem.at(node.mark, node.path, f"{what or cls.__name__} does not accept this: {text}"))
     return None
+
+
+def _behind(cls: type, node: Node, found: list[Problem]) -> list[Problem]:
+    """What the class says of the other settings once those that `found` is about are gone: a value of the wrong type keeps it from judging any,
+    and it stops at the first that it does not accept. What speaks of a setting that is gone is left out: it is of a default then.
+    """
+    import json
+
+    import pydantic
+
+    rest, gone, more = copy(node), set(), []
+    paths = [problem.path for problem in found]
+    for _ in range(LAYERS):
+        if not all([_drop(rest, path, gone) for path in dict.fromkeys(paths)]):
+            break
+        try:
+            adapter(cls).validate_json(json.dumps(plain(rest)), strict=True)
+            break
+        except pydantic.ValidationError as error:
+            told, paths = error.errors(include_url=False), []
+            if not _fill_in(rest, told, gone):
+                found = [problem for problem in _in_our_words(told, rest) if not _of_another(problem, gone)]
+                more, paths = more + found, [problem.path for problem in found]
+                if not paths:
+                    break
+        except Exception:  # noqa: BLE001  (said already, or of the defaults)
+            break
+    return more
+
+
+def _fill_in(node: Node, errors: list[dict[str, Any]], gone: set[str]) -> bool:
+    """Give a setting that is gone and has no default the value 1; whether that was to be done."""
+    missing = [error["loc"] for error in errors if error["type"] == "missing" and error["loc"][-1] in gone]
+    for loc in missing:
+        holder = _locate(node, loc[:-1])
+        holder.set(str(loc[-1]), Node(1, holder.mark, path=join(holder.path, str(loc[-1]))))
+    return bool(missing)
+
+
+def _drop(node: Node, path: str, gone: set[str]) -> bool:
+    """Take the setting at `path`, or the map's key that holds it, out of the tree; False where there is none."""
+    for holder in walk(node):
+        for key, child in list(holder.data.items()) if holder.is_map else ():
+            if child.path == path or (child.is_list and path.startswith(f"{child.path}.")):
+                del holder.data[key]
+                gone.add(key)
+                return True
+    return False
+
+
+def _of_another(problem: Problem, gone: set[str]) -> bool:
+    words = set(re.findall(r"\w+", problem.message))
+    return problem.message.startswith("missing key") or problem.path.rpartition(".")[2] in gone or bool(words & gone)
 
 
 def _checked(value: Any, ok: bool) -> Any:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from contextlib import chdir
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -96,8 +95,7 @@ class World:
         out = self.folder / f"{name}-{rows}"
         if not (out / "manifest.json").exists():
             entry = SourceEntry(source=source, split=split)
-            with chdir(self.folder):  # the order of documents is drawn from the source's name, which must not be that of a temporary folder
-                build([(entry, 1.0)], self.spec, TokenPolicy(CONTEXT), out.absolute(), rows=rows, calibration=0, seed=seed, repeat=False)
+            build([(entry, 1.0)], self.spec, TokenPolicy(CONTEXT), out.absolute(), rows=rows, calibration=0, seed=seed, repeat=False)
         return TokenDataset.open(out)
 
     def _text(self, text: str, part: str, rows: int) -> TokenDataset:
@@ -105,7 +103,7 @@ class World:
             path = self.folder / f"template-{part}-{rows}.txt"
             if not path.exists():
                 template(path, rows // 12, 1 if part == "train" else 2)
-            return self.tokens(f"template-{part}", path.name, "all", rows)
+            return self.tokens(f"template-{part}", str(path), "all", rows)
         return self.tokens(f"{text}-{part}", f"builtin/python-{text}", part, rows)
 
     def _batches(self, tokens: TokenDataset) -> Iterator[Rows]:

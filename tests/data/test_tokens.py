@@ -33,6 +33,27 @@ def make(model_dir, out, sources, policy=TokenPolicy(context=16), **more):
 
 
 @pytest.mark.quick
+def test_the_order_of_documents_does_not_depend_on_where_files_lie(model_dir, corpus, tmp_path):
+    import shutil
+
+    from saehub.pipeline.keys import source_identity
+    from saehub.recipe.schema import SourceEntry
+
+    source = corpus("a.jsonl", 0, 40, 23)
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    moved = shutil.copy(source, tmp_path / "deep" / "er" / "b.jsonl")
+    here, there = (make(model_dir, tmp_path / name, [(entry(path), 1.0)]) for name, path in (("one", source), ("two", moved)))
+    assert here.hash == there.hash and np.array_equal(stored(here), stored(there))
+    keys = [source_identity(SourceEntry(source=str(path))) for path in (source, moved)]
+    assert keys[0] == keys[1] and str(tmp_path) not in str(keys)
+    twice = make(model_dir, tmp_path / "three", [(entry(source), 1.0), (entry(moved), 1.0)])
+    read = load_file(twice.path / "index.safetensors")["source"]
+    first, second = (stored(twice)[read == s] for s in range(2))
+    n = min(len(first), len(second))
+    assert not np.array_equal(first[:n], second[:n])  # two places in a mix are two orders
+
+
+@pytest.mark.quick
 @pytest.mark.parametrize("bos", ["sequence", "document", "none"])
 def test_every_document_is_there_whole_and_once(model_dir, corpus, tmp_path, bos):
     source = corpus("a.jsonl", 0, 40, 23)
