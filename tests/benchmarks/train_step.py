@@ -1,7 +1,6 @@
-"""Time of one full training step of native/topk or native/batchtopk beside the peers', and the FVU of the fast path beside the plain one.
+"""Time of one full training step of native/topk or native/batchtopk beside the peers'.
 
     python tests/benchmarks/train_step.py [--size M] [--auxk] [--architecture topk] [--rounds 5] [--one-thread] [--json]
-    python tests/benchmarks/train_step.py --fvu [--json]
 
 Step: gradients, clipping (SAELens, dictionary_learning and we; Sparsify has none), projection, Adam, norms, deadness, on the same float32
 batches. Everything runs twice: as shipped, and with an allocator that keeps memory (`interleaved.TUNED`). The products alone are the roofline.
@@ -143,31 +142,6 @@ def table(record: dict) -> str:
     return "\n".join(lines)
 
 
-def fvu() -> dict:
-    """FVU on held-out rows after equal training on the plain and on the fast path, every architecture that selects."""
-    from saehub.api import Job
-    from saehub_native import config as configs
-    from saehub_native.train import NativeTrainer
-
-    d, batch, steps = 64, 1024, 300
-    rows = torch.cat(rows_like_activations(batch, d, steps + 9, n_true=512, l0=8))
-    calibration, held, train = rows[:4096], rows[4096 : 9 * batch], rows[9 * batch :]
-    names = ("TopKConfig", "BatchTopKConfig", "MatryoshkaConfig", "AbsTopKConfig", "GroupMaxConfig")
-    found = {}
-    for make in (getattr(configs, name) for name in names):
-        config = make(k=16, width=1024, batch=batch)
-        job = Job("fvu", "resid_post.0", None, d, d, steps, batch, steps * batch, 0)
-        for kernels in ("reference", "cpu:bfloat16", "cpu:int8"):
-            os.environ["SAEHUB_KERNELS"] = kernels
-            session = NativeTrainer(config).open(job, lambda n: (calibration[:n], None))
-            for step in range(steps):
-                session.step(train[step * batch : (step + 1) * batch])
-            sae = session.finish()
-            error = (sae(held) - held).double().square().sum() / (held - held.mean(0)).double().square().sum()
-            found.setdefault(config.architecture(), {})[kernels] = float(error)
-    return {"fvu": found}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", choices=SIZES, default="M")
@@ -176,18 +150,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--one-thread", action="store_true")
     parser.add_argument("--rankings", action="store_true", help="also with the slower ranking products")
-    parser.add_argument("--fvu", action="store_true")
     parser.add_argument("--json", action="store_true", help="one line of JSON instead of the table")
     parser.add_argument("--part", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.fvu:
-        record = {**interleaved.machine(), **fvu()}
-        lines = [interleaved.headline(record)]
-        for name, row in record["fvu"].items():
-            shares = "  ".join(f"{kernels} {value / row['reference'] - 1:+.2%}" for kernels, value in row.items() if kernels != "reference")
-            lines.append(f"{name:24s} FVU {row['reference']:.4f} on the plain path;  {shares}")
-        print(json.dumps(record) if options.json else "\n".join(lines))
-        return
     if options.part:
         print(json.dumps(measure(options.size, options.auxk, options.architecture, options.rounds, options.one_thread, options.rankings)))
         return
