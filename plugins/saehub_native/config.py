@@ -56,7 +56,7 @@ class TrainConfig:
     """Of a transcoder: add a linear path x W_skipᵀ beside the latents."""
     dead_after: int | None = None
     """Rows without firing after which a latent counts as dead. None: `dead_rows` scales it to the run."""
-    revive: float = 1e-4
+    revive: float = 1e-3
     """Weight of the push on the biases of dead latents, which reaches those that no row activates; 0 turns it off."""
     resample: int = 0
     """How many times, evenly over the first half of the run, dead latents are drawn anew from rows that are reconstructed badly."""

@@ -26,6 +26,8 @@ class DenseConfig(TrainConfig):
     """λ, the weight of the penalty beside FVU; with `target_l0` the value it is steered from. None: only with `target_l0`."""
     sparsity_warmup: float = 0.05
     """Share of the steps over which λ rises linearly."""
+    revive: float = 1e-2
+    """As of every native trainer; more of it, since nothing else revives latents here."""
 
     def first_l0(self, job: Job) -> int:
         """L0 at the start, for the encoder's scale: the target, or 32."""
@@ -81,12 +83,13 @@ class JumpReLUConfig(DenseConfig):
     """`native/jumprelu`: a threshold a latent, trained straight through (GDM 2024, arXiv 2407.14435; Anthropic, January 2025)."""
 
     objective: ClassVar[str] = "saehub_native.architectures.jumprelu:JumpReLU"
+    LR_MAX: ClassVar[float] = 0.02
 
     penalty: Literal["tanh", "l0"] = "tanh"
     """`tanh`: Anthropic's, steered to `target_l0` through λ; `l0`: GDM's, with `target_l0` in the penalty itself."""
-    bandwidth: float = 0.03
+    bandwidth: float = 0.1
     """Width of the straight-through rectangle, in units of √V, the targets' root mean squared distance from their mean."""
-    tanh_scale: float = 4.0
+    tanh_scale: float = 12.0
     """c of the tanh penalty."""
     preact: float = 0.0
     """Weight of the tanh recipe's pull of latents below their threshold."""

@@ -44,12 +44,12 @@ def build(name: str, kind: str, **settings):
 
 
 class Jump(torch.autograd.Function):
-    """z·[z > θ] (or [z > θ] if `step`), with the pseudo-derivatives of the paper written out for every element."""
+    """z·[z > θ] (or [z > θ] if `step`), with the pseudo-derivatives of the paper written out for every element; on z too if `through`."""
 
     @staticmethod
-    def forward(ctx, z, theta, width, step):
+    def forward(ctx, z, theta, width, step, through):
         ctx.save_for_backward(z, theta)
-        ctx.width, ctx.step = width, step
+        ctx.width, ctx.step, ctx.through = width, step, through
         on = (z > theta).to(z)
         return on if step else z * on
 
@@ -58,7 +58,7 @@ class Jump(torch.autograd.Function):
         z, theta = ctx.saved_tensors
         inside = ((z - theta) / ctx.width).abs() < 0.5
         towards = (1.0 if ctx.step else theta) / ctx.width * inside
-        return (None if ctx.step else grad * (z > theta)), -(grad * towards).sum(0), None, None
+        return (None if ctx.step else grad * ((z > theta) + towards * ctx.through)), -(grad * towards).sum(0), None, None, None
 
 
 def dense_loss(name: str, config, p, x, y, dead_F, subtract: bool, variance: float):
@@ -80,9 +80,9 @@ def dense_loss(name: str, config, p, x, y, dead_F, subtract: bool, variance: flo
         extra = config.sparsity / n * ((u + SMOOTH).pow(exponent) - SMOOTH**exponent).sum()
     else:
         z, theta, width = centred @ p["W_enc"].T + p["b_enc"], p["log_threshold"].exp(), config.bandwidth * scale
-        f = Jump.apply(z, theta, width, False)
+        f = Jump.apply(z, theta, width, False, config.penalty == "tanh")
         if config.penalty == "l0":
-            l0 = Jump.apply(z, theta, width, True).sum() / n
+            l0 = Jump.apply(z, theta, width, True, False).sum() / n
             extra = config.sparsity * ((l0 / config.target_l0 - 1).square() if config.target_l0 else l0)
         else:
             extra = config.sparsity / n * torch.tanh(config.tanh_scale * f / scale).sum()
@@ -156,6 +156,21 @@ def test_lambda_rises_and_is_steered_to_the_target(name):
     weaker.constants["variance"] = architecture.constants["variance"]
     weaker.gradients(params, x, y, torch.zeros(F, dtype=torch.bool), step=5)
     assert weaker.coefficient(6) < 0.3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["jumprelu_tanh", "jumprelu_l0"])
+def test_the_thresholds_let_the_target_through_on_the_calibration_rows(name, kind):
+    architecture, params, x, *_ = build(name, kind, target_l0=6.3)
+    threshold = architecture.export(params, x)[1]["threshold"]
+    pre = architecture.centred(params, x) @ params["W_enc"].T + params["b_enc"]
+    assert abs(int((pre > threshold).sum()) - round(6.3 * len(x))) <= 1  # the last one is at its threshold
+    ratio = threshold / params["log_threshold"].exp()
+    assert float(ratio.std()) <= 1e-6 * float(ratio.mean())
+    nobody = params | {"b_enc": params["b_enc"] - 1e4}
+    assert torch.equal(architecture.export(nobody, x)[1]["threshold"], params["log_threshold"].exp())
+    free = build("jumprelu_l0_plain", kind)[0]
+    assert torch.equal(free.export(params, x)[1]["threshold"], params["log_threshold"].exp())
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,10 @@ class JumpReLU(Dense):
 
     `penalty: l0` (that paper):  (L0/target − 1)², or L0 without a target; L0 is the batch's mean, and its gradient moves thresholds only.
     `penalty: tanh` (Anthropic, January 2025, transformer-circuits.pub):  1/B Σ_bi tanh(c f_bi / √V), whose gradient reaches the encoder through f
-    as well, and `preact` · 1/B Σ_bi relu(θ_i − z_bi) / √V, which pulls latents that never fire towards their threshold. Decoder rows have unit norm.
+    as well; so does the rectangle, as f depends on z − θ: ∂f/∂z = [z > θ] + (θ/ε) K. And `preact` · 1/B Σ_bi relu(θ_i − z_bi) / √V, which pulls
+    latents that never fire towards their threshold. Decoder rows have unit norm.
+
+    At the end all θ are multiplied by one number, so that the mean L0 of the calibration rows is `target_l0`.
     """
 
     config: JumpReLUConfig
@@ -52,11 +56,13 @@ class JumpReLU(Dense):
             batch.penalty += batch.coefficient / batch.n_rows * shaped_cF.sum()
             slope_cF.add_(1 - shaped_cF.square_(), alpha=batch.coefficient * config.tanh_scale / batch.unit / batch.n_rows)
         window_cF = (z_cF - theta_F).abs_() < width / 2
-        pull_F = (slope_cF * window_cF).sum(0).mul_(theta_F).neg_()
+        pull_cF = (slope_cF * window_cF).mul_(theta_F / width)
         if config.penalty == "l0":
             batch.sums["window"] = batch.sums.get("window", 0) + window_cF.sum(0)
         delta_cF = slope_cF.mul_(on_cF)
-        grads["log_threshold"].add_(pull_F.mul_(theta_F / width))
+        grads["log_threshold"].sub_(pull_cF.sum(0).mul_(theta_F))
+        if config.penalty == "tanh":
+            delta_cF += pull_cF
         if config.penalty == "tanh" and config.preact:
             size = config.preact / batch.unit / batch.n_rows
             short_cF = (theta_F - z_cF).relu_()
@@ -84,7 +90,19 @@ class JumpReLU(Dense):
 
     def export(self, params: Mapping[str, Tensor], x_ND: Tensor | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
         fields, tensors = super().export(params)
-        return fields, tensors | {"threshold": params["log_threshold"].exp()}
+        theta_F = params["log_threshold"].exp()
+        return fields, tensors | {"threshold": theta_F * self.correction(params, theta_F, x_ND)}
+
+    def correction(self, params: Mapping[str, Tensor], theta_F: Tensor, x_ND: Tensor | None) -> float:
+        """The target_l0·N-th largest z/θ of N calibration rows, which so many reach; 1 without a target, or where nothing is positive."""
+        target = self.config.target_l0
+        if target is None or x_ND is None:
+            return 1.0
+        W_enc_FD, b_enc_F = params["W_enc"] / theta_F[:, None], params["b_enc"] / theta_F
+        values_NK, _ = self.kernels.encode_select_batch(self.centred(params, x_ND), W_enc_FD, b_enc_F, math.ceil(target))
+        positive = values_NK[values_NK > 0]
+        wanted = min(positive.numel(), round(target * x_ND.shape[0]))
+        return float(torch.topk(positive, wanted).values[-1]) if wanted else 1.0
 
     def read(self, config: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         params = super().read(config, tensors)
