@@ -46,6 +46,8 @@ class TrainConfig:
     """Bits a number of Adam's moments of matrices: 8 takes a quarter of their memory, and less time on a GPU (more on a CPU)."""
     clip: float | None = 1.0
     """Largest L2 norm of the whole gradient (of a loss in units of FVU); None: no clipping."""
+    equalize: float = 0.0
+    """Exponent e of FVU^−e, which a batch's gradient is multiplied by after clipping, so that Adam's steps do not shrink as the error does."""
     calibration: int = 8192
     """Calibration rows, never training rows, for b_dec, the first directions, the variance and thresholds: so many, or all there are."""
     init_blend: float | None = None
@@ -56,7 +58,7 @@ class TrainConfig:
     """Of a transcoder: add a linear path x W_skipᵀ beside the latents."""
     dead_after: int | None = None
     """Rows without firing after which a latent counts as dead. None: `dead_rows` scales it to the run."""
-    revive: float = 1e-3
+    revive: float = 3e-4
     """Weight of the push on the biases of dead latents, which reaches those that no row activates; 0 turns it off."""
     resample: int = 0
     """How many times, evenly over the first half of the run, dead latents are drawn anew from rows that are reconstructed badly."""
@@ -136,6 +138,8 @@ class TrainConfig:
             yield f"adam_bits is {self.adam_bits}, but the optimizer is {self.optimizer}; leave one of them out"
         if self.clip is not None and not self.clip > 0:
             yield f"clip is {self.clip:g}; it must be above 0, or null for no clipping"
+        if not 0 <= self.equalize <= 2:
+            yield f"equalize is {self.equalize:g}; it is an exponent from 0 (off) to 2"
         if self.calibration < 1:
             yield f"calibration is {self.calibration}; at least one row is needed"
         if not 0 <= self.blend <= 1:
@@ -172,6 +176,8 @@ class SparseConfig(TrainConfig):
     """Weight of the AuxK loss, which revives dead latents; 0 turns it off."""
     k_aux: int | None = None
     """Dead latents a row in the AuxK loss. None: d_in / 2."""
+    equalize: float = 0.5
+    """As of every native trainer; with 0.5 the gradient of Σ|e|² keeps its size while the error falls."""
 
     def first_k(self, job: Job) -> int:
         """Where k begins."""
@@ -223,6 +229,11 @@ class AbsTopKConfig(SparseConfig):
 
     objective: ClassVar[str] = "saehub_native.architectures.abstopk:AbsTopK"
 
+    equalize: float = 0.75
+    """As of every native trainer; here more of it pays."""
+    revive: float = 1e-2
+    """As of every native trainer; more of it, since more latents of this one die."""
+
     def architecture(self) -> str:
         return "abstopk"
 
@@ -252,6 +263,9 @@ class BatchTopKConfig(SparseConfig):
     objective: ClassVar[str] = "saehub_native.architectures.batchtopk:BatchTopK"
     LR_MAX: ClassVar[float] = 0.02
 
+    auxk_alpha: float = 1 / 8
+    """As of every architecture with k; here fewer die with more of it, at no loss."""
+
     def architecture(self) -> str:
         return "batchtopk"
 
@@ -267,6 +281,8 @@ class MatryoshkaConfig(BatchTopKConfig):
     objective: ClassVar[str] = "saehub_native.architectures.matryoshka:Matryoshka"
     LR_MAX: ClassVar[float] = 0.0125
 
+    revive: float = 1e-2
+    """As of every native trainer; here it pays to revive more."""
     prefixes: tuple[float, ...] = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
     """Ends of the prefixes, ascending, as shares of the latents; the last one is 1."""
 

@@ -26,6 +26,8 @@ class DenseConfig(TrainConfig):
     """λ, the weight of the penalty beside FVU; with `target_l0` the value it is steered from. None: only with `target_l0`."""
     sparsity_warmup: float = 0.05
     """Share of the steps over which λ rises linearly."""
+    clip: float | None = 1e-3
+    """As of every native trainer, but small: most gradients get this norm, so that Adam's steps do not shrink as the error does."""
     revive: float = 1e-2
     """As of every native trainer; more of it, since nothing else revives latents here."""
 

@@ -114,6 +114,15 @@ class Adam:
                 moment.copy_(tensors[f"{kind}.{name}"])
 
 
+def scale(grads: Mapping[str, Tensor | RowSums], factor: Tensor) -> None:
+    """Multiply all gradients, in place."""
+    for g in grads.values():
+        if isinstance(g, RowSums):
+            g.factor = g.factor * (factor if g.kernels.name == "gpu" else float(factor))
+        else:
+            g.mul_(factor)
+
+
 def clip(params: Mapping[str, Tensor], grads: Mapping[str, Tensor | RowSums], largest: float) -> None:
     """Scale all gradients, in place, so that their common L2 norm is at most `largest`.
 

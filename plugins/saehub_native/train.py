@@ -15,7 +15,7 @@ from saehub.seeds import generator
 from saehub_native.kernels import pick
 from saehub_native.kernels.lazy import RowSums
 from saehub_native.kernels.replay import Replay, why_not
-from saehub_native.optim import clip
+from saehub_native.optim import clip, scale
 from saehub_native.optim_libraries import make
 from saehub_native.schedule import lr_factor
 
@@ -137,6 +137,9 @@ class NativeSession:
             result.grads.pop(name)
         if self.config.clip is not None:
             clip(self.params, result.grads, self.config.clip)
+        if self.config.equalize:
+            fvu = result.squared_error / (x_BD.shape[0] * self.architecture.constants["variance"])
+            scale(result.grads, fvu.clamp_min(1e-6).pow(-self.config.equalize))
         if waits:
             self.optimizer.step(result.grads, lr)
         else:

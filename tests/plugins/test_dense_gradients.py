@@ -159,18 +159,36 @@ def test_lambda_rises_and_is_steered_to_the_target(name):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["jumprelu_tanh", "jumprelu_l0"])
-def test_the_thresholds_let_the_target_through_on_the_calibration_rows(name, kind):
-    architecture, params, x, *_ = build(name, kind, target_l0=6.3)
-    threshold = architecture.export(params, x)[1]["threshold"]
-    pre = architecture.centred(params, x) @ params["W_enc"].T + params["b_enc"]
-    assert abs(int((pre > threshold).sum()) - round(6.3 * len(x))) <= 1  # the last one is at its threshold
-    ratio = threshold / params["log_threshold"].exp()
-    assert float(ratio.std()) <= 1e-6 * float(ratio.mean())
-    nobody = params | {"b_enc": params["b_enc"] - 1e4}
-    assert torch.equal(architecture.export(nobody, x)[1]["threshold"], params["log_threshold"].exp())
-    free = build("jumprelu_l0_plain", kind)[0]
-    assert torch.equal(free.export(params, x)[1]["threshold"], params["log_threshold"].exp())
+@pytest.mark.parametrize("name", ["relu", "gated", "jumprelu_tanh", "jumprelu_l0"])
+@pytest.mark.parametrize("target", [6.3, 70.0])
+def test_at_the_end_the_target_is_met_on_the_calibration_rows(name, kind, target):
+    architecture, params, x, *_ = build(name, kind, target_l0=target)
+    tensors = architecture.export(params, x)[1]
+    pre = architecture.centred(params, x).double() @ params["W_enc"].T.double()
+    bias = "b_gate" if name == "gated" else "b_enc"
+    fires = pre + tensors[bias] > tensors.get("threshold", 0.0)
+    wanted = round(target * len(x))
+    if name.startswith("jumprelu"):
+        moved = tensors["threshold"] / params["log_threshold"].exp()
+        wanted = min(wanted, int((pre + params["b_enc"] > 0).sum()))  # a threshold lies above 0
+    else:
+        moved = tensors[bias] - params[bias]
+        same = {key: value for key, value in architecture.export(params)[1].items() if key != bias}
+        assert all(torch.equal(tensors[key], value) for key, value in same.items())
+    assert abs(int(fires.sum()) - wanted) <= 2  # the last one is at its threshold
+    assert float(moved.std()) <= 1e-5 and float((moved - (1 if "threshold" in tensors else 0)).abs().min()) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["relu", "gated", "jumprelu_tanh", "jumprelu_l0_plain"])
+def test_nothing_is_moved_without_a_target_or_where_nothing_can_fire(name):
+    architecture, params, x, *_ = build(name, "autoencoder", target_l0=None)
+    given = architecture.export(params)[1]
+    bias = "b_gate" if name == "gated" else "b_enc"
+    assert all(torch.equal(value, given[key]) for key, value in architecture.export(params, x)[1].items())
+    silent = params | {bias: params[bias] - 1e4}
+    steered = build(name, "autoencoder", target_l0=4.0)[0]
+    expected = architecture.export(silent)[1]
+    assert all(torch.equal(value, expected[key]) for key, value in steered.export(silent, x)[1].items())
 
 
 @pytest.mark.parametrize("kind", KINDS)

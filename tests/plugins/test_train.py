@@ -250,6 +250,7 @@ def test_schedule_rises_holds_and_falls():
         (dict(k=6, warmup=0.6, decay=0.6), {}, "overlap"),
         (dict(k=6, betas=(0.9, 1.0)), {}, "betas"),
         (dict(k=6, clip=0.0), {}, "clip is 0"),
+        (dict(k=6, equalize=-1.0), {}, "equalize is -1"),
         (dict(k=6, calibration=0), {}, "calibration is 0"),
         (dict(k=6), dict(d_out=16), "needs d_in = d_out"),
     ],

@@ -149,7 +149,8 @@ def test_a_frozen_decoder_is_random_keeps_its_bits_and_the_rest_learns(name):
 
 
 def test_beside_a_frozen_decoder_the_rest_takes_the_steps_of_torch_adam(monkeypatch):
-    """Gradients of the architecture (float64 autograd is their reference elsewhere), clipped and used by torch without the decoder's."""
+    """Gradients of the architecture (float64 autograd is their reference elsewhere), clipped, multiplied by FVU^−0.5 and used by torch without
+    the decoder's."""
     monkeypatch.setenv("SAEHUB_KERNELS", "reference")
     config = TopKConfig(k=4, width=F, batch=BATCH, calibration=256, freeze_decoder=True, clip=0.1, lr=0.01, warmup=0.0, decay=0.0, dead_after=10**6)
     job = Job("job", "resid_post.1", None, D, D, 12, BATCH, 12 * BATCH, seed=0)
@@ -159,10 +160,13 @@ def test_beside_a_frozen_decoder_the_rest_takes_the_steps_of_torch_adam(monkeypa
     adam, clipped = torch.optim.Adam(taught, lr=0.01), []
     for step in range(12):
         x_BD = x[step * BATCH : (step + 1) * BATCH]
-        grads = session.architecture.gradients(theirs, x_BD, x_BD, torch.zeros(F, dtype=torch.bool), step).grads
+        result = session.architecture.gradients(theirs, x_BD, x_BD, torch.zeros(F, dtype=torch.bool), step)
         for name in ("W_enc", "b_enc", "b_dec"):
-            theirs[name].grad = grads[name].clone()
+            theirs[name].grad = result.grads[name].clone()
         clipped.append(float(torch.nn.utils.clip_grad_norm_(taught, 0.1)) > 0.1)
+        fvu = float(result.squared_error) / (BATCH * session.architecture.constants["variance"])
+        for parameter in taught:
+            parameter.grad *= fvu**-0.5
         adam.step()
         session.step(x_BD)
     assert any(clipped) and not all(clipped)  # the factor differs between steps, so Adam feels it

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -45,6 +45,8 @@ class Dense(Base):
     Loss, on B rows, with V the variance of the calibration targets:   L = Σ|x̂ − y|² / (B V) + λ · penalty + L_push   (auxk.py).
     λ rises linearly over the first `sparsity_warmup` of the steps. With `target_l0` it is steered, step by step, with m = ln(L0 / target)
     limited to [−1, 1], g = CONTROL / steps and I kept in the state:   I ← I + g m,   λ = sparsity · exp(I + m).
+    What is left between the L0 of the last batches and the target, on rows that none has trained on, `export` takes out: one number, the same for
+    all latents, moves what decides whether they fire, so that `target_l0` · N latents do on the N calibration rows (`threshold`).
     """
 
     config: DenseConfig
@@ -75,6 +77,24 @@ class Dense(Base):
         values_NK, indices_NK = self.kernels.encode_select_batch(self.centred(params, x_ND), params["W_enc"], params["b_enc"], wanted)
         theta = values_NK[values_NK > 0].min() if (values_NK > 0).any() else values_NK.new_tensor(1e-3)
         return values_NK, indices_NK, theta
+
+    def threshold(self, params: Mapping[str, Tensor], x_ND: Tensor | None, W_enc_FD: Tensor, b_enc_F: Tensor) -> float | None:
+        """The `target_l0`·N-th largest of x' W_encᵀ + b_enc over the N rows, where it is positive; None without rows or a target."""
+        if x_ND is None or self.config.target_l0 is None:
+            return None
+        values_NK, _ = self.kernels.encode_select_batch(self.centred(params, x_ND), W_enc_FD, b_enc_F, math.ceil(self.config.target_l0))
+        positive = values_NK[values_NK > 0]
+        wanted = min(positive.numel(), round(self.config.target_l0 * x_ND.shape[0]))
+        return float(torch.topk(positive, wanted).values[-1]) if wanted else None
+
+    def settled(self, params: Mapping[str, Tensor], x_ND: Tensor | None) -> Mapping[str, Tensor]:
+        """The parameters, with the bias that decides what fires moved to `threshold`."""
+        above = 4 * math.sqrt(self.constants["variance"])  # of pre-activations that do not fire yet, too, the largest are found
+        found = self.threshold(params, x_ND, params["W_enc"], params[self.bias] + above)
+        return params if found is None else {**params, self.bias: params[self.bias] + (above - found)}
+
+    def export(self, params: Mapping[str, Tensor], x_ND: Tensor | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        return super().export(self.settled(params, x_ND))
 
     def first_choice(self, x_ND: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor) -> tuple[Tensor, Tensor]:
         return self.kernels.encode_select(x_ND, W_enc_FD, b_enc_F, self.config.first_l0(self.job))

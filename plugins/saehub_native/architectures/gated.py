@@ -57,6 +57,7 @@ class Gated(Dense):
         return acts_cF, grad_cD
 
     def export(self, params: Mapping[str, Tensor], x_ND: Tensor | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        params = self.settled(params, x_ND)
         fields, tensors = super().export(params)
         return fields, tensors | {name: params[name].clone() for name in ("b_gate", "b_mag", "r_mag")}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +25,7 @@ class JumpReLU(Dense):
     as well; so does the rectangle, as f depends on z − θ: ∂f/∂z = [z > θ] + (θ/ε) K. And `preact` · 1/B Σ_bi relu(θ_i − z_bi) / √V, which pulls
     latents that never fire towards their threshold. Decoder rows have unit norm.
 
-    At the end all θ are multiplied by one number, so that the mean L0 of the calibration rows is `target_l0`.
+    At the end all θ are multiplied by one number.
     """
 
     config: JumpReLUConfig
@@ -91,18 +90,8 @@ class JumpReLU(Dense):
     def export(self, params: Mapping[str, Tensor], x_ND: Tensor | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
         fields, tensors = super().export(params)
         theta_F = params["log_threshold"].exp()
-        return fields, tensors | {"threshold": theta_F * self.correction(params, theta_F, x_ND)}
-
-    def correction(self, params: Mapping[str, Tensor], theta_F: Tensor, x_ND: Tensor | None) -> float:
-        """The target_l0·N-th largest z/θ of N calibration rows, which so many reach; 1 without a target, or where nothing is positive."""
-        target = self.config.target_l0
-        if target is None or x_ND is None:
-            return 1.0
-        W_enc_FD, b_enc_F = params["W_enc"] / theta_F[:, None], params["b_enc"] / theta_F
-        values_NK, _ = self.kernels.encode_select_batch(self.centred(params, x_ND), W_enc_FD, b_enc_F, math.ceil(target))
-        positive = values_NK[values_NK > 0]
-        wanted = min(positive.numel(), round(target * x_ND.shape[0]))
-        return float(torch.topk(positive, wanted).values[-1]) if wanted else 1.0
+        ratio = self.threshold(params, x_ND, params["W_enc"] / theta_F[:, None], params["b_enc"] / theta_F)
+        return fields, tensors | {"threshold": theta_F * (1.0 if ratio is None else ratio)}
 
     def read(self, config: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         params = super().read(config, tensors)
