@@ -114,15 +114,12 @@ class DeadLatents:
         companion = self.companion()
         miss_BD, spread = self._copied(residual_BD)
         if expected is not None and expected.complete and expected.key == _key(centred_BD, k_aux, signed) and torch.equal(expected.dead_N, dead_N):
-            W_enc_ND = expected.selection.inputs[1]
             values_BK, indices_BK = expected.selection.finish()
         else:
-            W_enc_ND = self._dead_rows(params, dead_N, "W_enc")
-            values_BK, indices_BK = companion.encode_select(centred_BD, W_enc_ND, params["b_enc"][dead_N], k_aux, "abs" if signed else "top")
+            dead = self._dead_rows(params, dead_N, "W_enc"), params["b_enc"][dead_N]
+            values_BK, indices_BK = companion.encode_select(centred_BD, *dead, k_aux, "abs" if signed else "top")
         W_dec_ND = self._dead_rows(params, dead_N, "W_dec")
-        error, g_enc_ND, g_dec_ND, g_b_N = self._gradients(
-            miss_BD, centred_BD.contiguous(), values_BK, indices_BK, W_dec_ND, alpha / spread
-        )
+        error, g_enc_ND, g_dec_ND, g_b_N = self._gradients(miss_BD, centred_BD.contiguous(), values_BK, indices_BK, W_dec_ND, alpha / spread)
         # dead_N has no duplicates, so these indexed sums do not depend on an order.
         grads["W_enc"].index_add_(0, dead_N, g_enc_ND)
         grads["W_dec"].index_add_(0, dead_N, g_dec_ND)
