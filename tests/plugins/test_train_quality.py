@@ -69,4 +69,4 @@ def test_auxk_and_the_bias_push_revive_latents_that_plain_topk_loses(quality, ro
     assert plain["dead"] > 0.2
     assert auxk["dead"] < plain["dead"]
     assert both["dead"] < 0.05
-    assert both["fvu"] < 1.05 * plain["fvu"]  # measured 1.03: what it costs that no latent, however rare what it stands for, stays silent
+    assert both["fvu"] < 1.03 * plain["fvu"]  # measured 1.02: what it costs that no latent, however rare what it stands for, stays silent
