@@ -201,7 +201,7 @@ def _plugins() -> Iterator[Finding]:
         elif fixes:
             yield Finding(f"plugin {row.plugin}", "warning", "its library is not installed", fixes[0])
         else:
-            yield Finding(f"plugin {row.plugin}", "ok", f"{row.distribution} {row.version}, {len(row.components)} components")
+            yield Finding(f"plugin {row.plugin}", "ok", f"{row.distribution} {row.version}, {len(row.components)} component{'s' if len(row.components) > 1 else ''}")
 
 
 LOOKS = (_python, _torch, _libraries, _disk, _hugging_face, _model_in_the_box, _plugins)

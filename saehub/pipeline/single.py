@@ -51,6 +51,8 @@ def recipe_for(
     entry: dict[str, Any] = {"name": name, **{key: model_facts[key] for key in ("dtype", "attention") if model_facts.get(key) and not model}}
     if model_facts.get("revision") and not model:
         entry["revision"] = model_facts["revision"]
+    if "context" not in policy:
+        policy["context"] = _context(name, entry.get("revision"))
     return {
         "saehub": 1,
         "name": f"eval-{Path(checkpoint.rstrip('/')).name}",
@@ -63,6 +65,17 @@ def recipe_for(
         "saes": [{"id": "sae", "load": checkpoint}],
         "evaluate": [*_read_by(evaluator), {"uses": evaluator, "with": dict(with_ or {})}],
     }
+
+
+def _context(model: str, revision: str | None) -> int:
+    """Tokens a sequence where the checkpoint names none: a recipe's default, or what the model accepts if that is less."""
+    from saehub.data.model import read_shape
+    from saehub.recipe.schema import TrainData
+
+    try:
+        return min(TrainData.context, read_shape(model, revision).context)
+    except SaehubError:  # the plan says what is wrong with the model
+        return TrainData.context
 
 
 def _read_by(evaluator: str) -> list[dict[str, Any]]:

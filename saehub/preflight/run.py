@@ -137,11 +137,11 @@ def before_work(context: Context) -> None:
     if failed:
         raise StageFailed(
             f"preflight: {failed[0].name} failed" + (f", and {len(failed) - 1} more" if len(failed) > 1 else ""),
-            where="before training", why=failed[0].detail, fix=failed[0].fix or "saehub doctor --recipe R",
+            where="before any work", why=failed[0].detail, fix=failed[0].fix or "saehub doctor --recipe R",
         )  # fmt: skip
     asked = [check for check in found if check.status == "ok"]
     if asked:
-        context.events("log", None, text=f"preflight: {len(asked)} checks in order")
+        context.events("log", None, text=f"preflight: {len(asked)} check{'s' if len(asked) > 1 else ''} in order")
 
 
 def for_recipe(plan: Plan) -> list[Check]:

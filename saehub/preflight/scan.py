@@ -41,15 +41,16 @@ def scan(name: str, sae: SAE, site: str, tokens_BT: Tensor, keep_BT: Tensor, mod
         return Check(f"{name}: site", "skipped", "a transcoder reads and writes two sites: nothing to scan")
     sae = sae.to(next(model.hf.parameters()).device)
     found: dict[str, tuple[float, Tensor]] = {}
-    centre, best = None, site
+    centre, best, width = None, site, 0
     while centre != best:
         centre = best
         asked = [other for other in [centre, *tensor.neighbours(centre, model)] if other not in found]
         read = taps.read(model.hf, tokens_BT, {other: Site.parse(other).tap(model.shape) for other in asked}) if asked else {}
+        width = width or read[site].shape[-1]
         found |= {other: fvu(sae, x_BTD.to(sae.W_dec.dtype), keep_BT) for other, x_BTD in read.items() if x_BTD.shape[-1] == sae.config.d_in}
         best = min(found, key=lambda other: found[other][0]) if site in found else centre
     if site not in found:
-        return Check(f"{name}: site", "failed", f"it reads rows of {sae.config.d_in}, and {site} has another width", "saes: [{…, site: …}]: the site that it was trained on")
+        return Check(f"{name}: site", "failed", f"it reads rows of width {sae.config.d_in}, and {site} gives {width}", "the model and the site that it was trained on")
     order = sorted(found, key=lambda other: found[other][0])
     listed = ", ".join(f"{other} {found[other][0]:.3g}" for other in order[:4])
     here, there = found[site], found[best]

@@ -90,12 +90,17 @@ def layer_table(measurements: Iterable[Measurement | Mapping[str, Any]]) -> list
         latents = next((row.parts["latents"] for row in own if row.parts.get("latents")), None)
         site = next((row.site for row in own if row.site), None) or "-"
         lines.append((
-            sae, site, numbers.count(latents), _tenths(value("ce_recovered_zero")), numbers.value(value("fvu")), numbers.value(value("l0")),
+            sae, site, numbers.count(latents), "no gap" if _unclear(own) else _tenths(value("ce_recovered_zero")), numbers.value(value("fvu")), numbers.value(value("l0")),
             numbers.percent(dead) if dead is not None else numbers.percent(silent) if silent in (0, None) else f"≤ {numbers.percent(silent)}",
             f"{redundancy:.3f} ({null:.3f})" if redundancy is not None and null is not None else numbers.value(redundancy),
             verdict.word if verdict else "-", (verdict.standing if verdict else "") or "-",
         ))  # fmt: skip
     return sorted(lines, key=lambda line: _depth(line[1]))
+
+
+def _unclear(rows: list[Measurement]) -> bool:
+    """Whether the evaluator says of the recovered share in sample that ablation costs too little for one (`clear: false` in its parts)."""
+    return any(row.metric == "ce_recovered_zero" and row.parts.get("clear") is False and row.dataset == _first(rows) for row in rows)
 
 
 def _tenths(share: float | None) -> str:
@@ -111,13 +116,18 @@ def dataset_of(measurements: Iterable[Measurement]) -> str | None:
 
 def _values(rows: list[Measurement]):
     """metric -> its value in sample (or on the first dataset, or of the weights alone); None where there is none."""
-    names = list(dict.fromkeys(row.dataset for row in rows if row.dataset is not None))
-    first = FIRST[0] if FIRST[0] in names else names[0] if names else None
+    first = _first(rows)
     found: dict[str, float] = {}
     for row in rows:
         if row.status == "ok" and row.value is not None and row.dataset in (first, None):
             found.setdefault(row.metric, row.value)
     return found.get
+
+
+def _first(rows: list[Measurement]) -> str | None:
+    """In sample, else the first dataset."""
+    names = list(dict.fromkeys(row.dataset for row in rows if row.dataset is not None))
+    return FIRST[0] if FIRST[0] in names else names[0] if names else None
 
 
 def _depth(site: str) -> tuple[int, str]:

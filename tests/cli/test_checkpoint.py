@@ -357,3 +357,16 @@ def test_eval_speaks_of_its_own_options(saehub, checkpoint, options, words):
     said = saehub("eval", checkpoint, *options, *given)
     assert said.code == 2 and words in said.err, said.err
     assert "recipe" not in said.err.partition("fix:")[0] and ":33:" not in said.err and "|" not in said.err
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(("accepts", "context"), [(64, 64), (4096, 128)])
+def test_eval_takes_no_more_context_than_the_model_accepts(checkpoint, tmp_path, accepts, context):
+    """A checkpoint that names no context: nothing on the command line could name a shorter one."""
+    from saehub.pipeline.single import recipe_for
+
+    sizes = {"hidden_size": 8, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 99}
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps({"model_type": "llama", "max_position_embeddings": accepts, **sizes}))
+    found = recipe_for(str(checkpoint), "native/core", model=str(tmp_path / "model"), data=["builtin/python-docs"])
+    assert found["data"]["train"]["context"] == context

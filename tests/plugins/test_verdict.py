@@ -146,6 +146,27 @@ def test_evidence_takes_in_sample_out_of_sample_and_the_strictest_decided_deadne
 
 
 @pytest.mark.quick
+def test_a_share_of_no_gap_is_no_evidence():
+    """An untrained model loses nothing by zeros: 303 % or -1000 % of nothing neither praises nor condemns."""
+    for share in (3.03, -10.0):
+        rows = [row("ce_recovered_zero", share, name, parts={"clear": False}) for name in ("in_sample", "out_of_sample")]
+        rows += [row("fvu", 0.2, "in_sample"), row("fvu_random", 0.5, "in_sample"), row("fvu", 0.25, "out_of_sample"), row("fvu_random", 0.5, "out_of_sample")]
+        rows += [row("never_fired_share", 0.0, "in_sample"), row("redundancy", 0.3), row("redundancy_null", 0.3)]
+        found = gather(rows, latents=64, d_in=32)
+        judgement = judge(found)
+        assert found.recovered is None and found.recovered_out is None and "ce_recovered_zero" not in {source.metric for source in found.sources.values()}
+        assert judgement.score == pytest.approx(1 - 0.2) and "ablation costs no cross-entropy" in judgement.flags
+        assert "recovered" not in " ".join(judgement.reasons) and layer_table(rows)[0][3] == "no gap"
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(("changes", "why"), [({"fvu": 0.34, "fvu_out": 0.49, "recovered_out": 0.8}, "0.49 on out_of_sample"), ({"recovered_out": 0.6}, "60.0% on out")])
+def test_what_does_not_hold_out_of_sample_is_not_good(changes, why):
+    judgement = judge(replace(FINE, **changes))
+    assert judgement.verdict == "undecided" and why in " ".join(judgement.reasons)
+
+
+@pytest.mark.quick
 def test_the_table_ranks_what_it_shows_and_a_lone_sae_has_no_rank():
     def judged(sae: str, word: str, score: float) -> list[Measurement]:
         return [row("verdict", WORDS.index(word), sae=sae, parts={"word": word, "reasons": ["r"]}), row("verdict_score", score, sae=sae)]

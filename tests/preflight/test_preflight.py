@@ -248,7 +248,7 @@ def test_the_site_scan_finds_a_mislabelled_sae(stage):
     wrong = scan("mine", sae, "resid_pre.0", tokens_BT, keep_BT, stage.model)
     assert wrong.status == "warning" and "resid_post.1" in wrong.fix and "mislabelled" in wrong.detail
     narrow = scan("mine", fit_to(torch.randn(64, 20), d_sae=48, k=4), "resid_post.1", tokens_BT, keep_BT, stage.model)
-    assert narrow.status == "failed" and "width" in narrow.detail
+    assert narrow.status == "failed" and "width 20, and resid_post.1 gives 32" in narrow.detail
 
 
 RECIPE = """

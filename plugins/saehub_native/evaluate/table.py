@@ -124,14 +124,14 @@ def shared_losses(table: Table, site: SequenceSums, note: str | None) -> None:
         table.estimate(metric, ratio(site[metric], site["positions"]), note)
 
 
-def _unclear(site: SequenceSums, metric: str) -> str | None:
-    """A caveat where ablation hardly hurts: a share of a gap that is not clear of 0 means nothing."""
+def _unclear(site: SequenceSums, metric: str) -> tuple[str | None, dict[str, Any]]:
+    """(A caveat, `clear: false` for the parts) where ablation hardly hurts: a share of a gap that is not clear of 0 means nothing."""
     loss, _, rest = metric.partition("_recovered_")
     kind = rest.partition("_")[0]
     gap = ratio(site[f"{loss}_{kind}"] - (site["ce_clean"] if loss == "ce" else 0), site["positions"])
     if gap.stderr is not None and gap.value > 3 * gap.stderr:
-        return None
-    return f"{kind}-ablation costs {gap.value:.3g} ± {gap.stderr or float('nan'):.2g} nats: too little for a share of it to mean much"
+        return None, {}
+    return f"{kind}-ablation costs {gap.value:.3g} ± {gap.stderr or float('nan'):.2g} nats: too little for a share of it to mean much", {"clear": False}
 
 
 def _joined(*notes: str | None) -> str | None:
@@ -143,7 +143,8 @@ def own_losses(table: Table, site: SequenceSums, run: SubjectRun, note: str | No
     for metric in ("ce_spliced", "kl_spliced"):
         table.estimate(metric, ratio(run.sums[metric], site["positions"]), note)
     for metric, found in recovered(site, run.sums["ce_spliced"], run.sums["kl_spliced"]).items():
-        table.estimate(metric, found, _joined(note, _unclear(site, metric)))
+        why, parts = _unclear(site, metric)
+        table.estimate(metric, found, _joined(note, why), parts)
 
 
 def firing(table: Table, run: SubjectRun, config: CoreConfig) -> None:
@@ -178,7 +179,8 @@ def baseline(table: Table, name: str, sums: SequenceSums, site: SequenceSums, k:
         if loss_reason:
             table.missing(f"{metric}_{name}", loss_reason)
         else:
-            table.estimate(f"{metric}_{name}", recovered(site, sums["ce"])[metric], _joined(at, note, _unclear(site, metric)))
+            why, parts = _unclear(site, metric)
+            table.estimate(f"{metric}_{name}", recovered(site, sums["ce"])[metric], _joined(at, note, why), parts)
 
 
 def ordered(rows: list[Measurement]) -> list[Measurement]:

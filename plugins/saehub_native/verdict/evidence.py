@@ -25,8 +25,10 @@ class Evidence:
     fvu_out: float | None = None
     fvu_random_out: float | None = None
     recovered: float | None = None
-    """Cross-entropy recovered, zero-ablation."""
+    """Cross-entropy recovered, zero-ablation; None, too, where ablation costs so little that a share of it means nothing."""
     recovered_out: float | None = None
+    loss_clear: bool = True
+    """Whether zero-ablation in sample costs clearly more than nothing, where it was measured."""
     dead: float | None = None
     """Share of latents that are dead, or that never fired: an upper bound of it."""
     bound: float | None = None
@@ -78,14 +80,17 @@ def gather(rows: Iterable[Measurement], *, latents: int | None = None, d_in: int
     found: dict[str, float] = {}
     sources: dict[str, Measurement] = {}
     broken: dict[str, None] = {}
+    clear = True
     for row in rows:
         if row.status == "failed" and row.reason and not row.metric.startswith("out_minus_in"):
             broken[row.reason] = None
         table = _WEIGHTS if row.dataset is None else _FIELDS if row.dataset == inside else _OUTSIDE if row.dataset == outside else {}
         name = table.get(row.metric)
-        if name and row.status == "ok" and name not in found:
+        if name == "recovered" and row.parts.get("clear") is False:
+            clear = False
+        if name and row.status == "ok" and name not in found and row.parts.get("clear") is not False:
             found[name], sources[name] = row.value, row
-    evidence = Evidence(**found, latents=latents, d_in=d_in, moved=moved, broken=tuple(broken), outside=outside, sources=sources)
+    evidence = Evidence(**found, loss_clear=clear, latents=latents, d_in=d_in, moved=moved, broken=tuple(broken), outside=outside, sources=sources)
     return _deadness(evidence, [row for row in rows if row.dataset == inside])
 
 

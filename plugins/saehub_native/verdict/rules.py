@@ -53,7 +53,7 @@ class Judgement:
     reasons: tuple[str, ...]
     """Of the rule that decided, then of others that point the same way."""
     flags: tuple[str, ...]
-    """True whatever the verdict: undercomplete, not sparse, budget unknown, null not measured, out of sample not measured."""
+    """True whatever the verdict: undercomplete, not sparse, budget unknown, null not measured, ablation costs no cross-entropy, out of sample not measured."""
     next: tuple[str, ...]
     rule: str
     """Id of the rule that decided."""
@@ -216,6 +216,8 @@ def _flags(e: Evidence) -> list[str]:
         found.append("budget unknown")
     if e.redundancy_null is None:
         found.append("null not measured")
+    if not e.loss_clear:
+        found.append("ablation costs no cross-entropy")
     if e.fvu_out is None and e.recovered_out is None:
         found.append("out of sample not measured")
     return found
@@ -247,6 +249,11 @@ def _doubts(e: Evidence, t: VerdictConfig) -> list[tuple[str, str]]:
         found.append((f"{e.duplicates:.1%} of the latents have a near-duplicate", COPIES[0]))
     if e.fvu_out is None and e.recovered_out is None:
         found.append(("out of sample was not measured", "data.eval: {out_of_sample: {source: …}}"))
+    recovered_there = e.recovered_out is not None and e.recovered_out >= t.excellent_recovered
+    if None not in (e.fvu_out, e.fvu_random_out) and e.fvu_out > t.adequate_random * e.fvu_random_out and not recovered_there:
+        found.append((f"FVU {e.fvu_out:.3g} on {e.outside} is not clearly better than random directions ({e.fvu_random_out:.3g})", DOMAIN[0]))
+    if None not in (e.recovered, e.recovered_out) and e.recovered - e.recovered_out > t.crater / 2:
+        found.append((f"{e.recovered:.1%} of the cross-entropy is recovered in sample, {e.recovered_out:.1%} on {e.outside}", DOMAIN[0]))
     return found
 
 

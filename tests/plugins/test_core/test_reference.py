@@ -170,6 +170,7 @@ def test_a_share_of_a_gap_within_its_error_carries_a_caveat(context, measure, fi
     """The model is random and so is the text: ablation hardly hurts its predictions, but moves them far."""
     found = measure(context({"a": (fitted(), "resid_post.0", None)}))
     assert "zero-ablation costs" in found["a", "in_sample", "ce_recovered_zero"].note
+    assert found["a", "in_sample", "ce_recovered_zero"].parts["clear"] is False
     assert found["a", "in_sample", "kl_recovered_zero"].note is None
 
 
