@@ -74,3 +74,56 @@ def prefetcher() -> Any:
         return types.void(rows, row, i), generate
 
     return prefetch
+
+
+WIDTH = 16
+"""Numbers that `packer`'s operation takes at once."""
+
+
+def packer() -> Any | None:
+    """An operation for compiled functions, `pack(keys, i, bound, places, kept, m)`: write the places i … i + 15 of those of `keys[i : i + 16]` that are at
+    least `bound` to `places` from m on, and those keys to `kept`; returns m plus their number. All int32 and contiguous, and up to 16 numbers from m on
+    are overwritten. None where the processor that numba compiles for has no instruction for it (AVX-512)."""
+    import llvmlite.binding
+    import numba
+    from llvmlite import ir
+    from numba import types
+    from numba.core import cgutils
+    from numba.extending import intrinsic
+
+    chosen = numba.config.CPU_NAME or numba.config.CPU_FEATURES
+    if chosen or not llvmlite.binding.get_host_cpu_features().get("avx512f", False):
+        return None
+
+    @intrinsic
+    def pack(typing_context: Any, keys: Any, i: Any, bound: Any, places: Any, kept: Any, m: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            number, vector, mask_type = ir.IntType(32), ir.VectorType(ir.IntType(32), WIDTH), ir.VectorType(ir.IntType(1), WIDTH)
+
+            def place(k: int, index: Any) -> Any:
+                kind = signature.args[k]
+                array = context.make_array(kind)(context, builder, arguments[k])
+                pointer = cgutils.get_item_pointer(context, builder, kind, array, [index], wraparound=False)
+                return builder.bitcast(pointer, vector.as_pointer())
+
+            def spread(value: Any) -> Any:
+                one = builder.insert_element(ir.Constant(vector, ir.Undefined), value, ir.Constant(number, 0))
+                return builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), ir.Constant(vector, [0] * WIDTH))
+
+            first = context.cast(builder, arguments[1], signature.args[1], types.intp)
+            begin = context.cast(builder, arguments[5], signature.args[5], types.intp)
+            least = context.cast(builder, arguments[2], signature.args[2], types.int32)
+            keys_16 = builder.load(place(0, first), align=4)
+            mask = builder.icmp_signed(">=", keys_16, spread(least))
+            compress = cgutils.get_or_insert_function(
+                builder.module, ir.FunctionType(vector, [vector, vector, mask_type]), f"llvm.x86.avx512.mask.compress.v{WIDTH}i32"
+            )
+            here = builder.add(spread(builder.trunc(first, number)), ir.Constant(vector, list(range(WIDTH))))
+            for k, value in ((3, here), (4, keys_16)):
+                builder.store(builder.call(compress, [value, ir.Constant(vector, None), mask]), place(k, begin), align=4)
+            taken = builder.ctpop(builder.bitcast(mask, ir.IntType(WIDTH)))
+            return builder.add(begin, builder.zext(taken, begin.type))
+
+        return types.intp(keys, i, bound, places, kept, m), generate
+
+    return pack

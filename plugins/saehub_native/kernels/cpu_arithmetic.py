@@ -9,9 +9,10 @@ import numpy as np
 from saehub_native.kernels import compiled
 
 jit = compiled.compiler(compiled.__file__, *(str(Path(__file__).with_name(f"cpu_{name}.py")) for name in ("arithmetic", "select", "loops", "wide")))
-prefetch = compiled.prefetcher()
+prefetch, _pack = compiled.prefetcher(), compiled.packer()
 
 LINE = 16  # float32 numbers of a cache line
+SPARE = compiled.WIDTH
 GAPS = (1750, 701, 301, 132, 57, 23, 10, 4, 1)  # Ciura 2001, and one more
 
 
@@ -85,26 +86,58 @@ def weighted_sum(weight_C, W_FD, index_C, count, total_D, far):
 
 @jit
 def dots_and_sum(a_D, W_FD, index_C, count, weight_C, out_C, total_D):
-    """`dots(a, …, out)` and `weighted_sum(weight, …, total)` of the same rows, while four of them are in the first cache."""
+    """`dots(a, …, out)` and `weighted_sum(weight, …, total)` of the same rows, whose numbers are read once."""
     d, c, zero = a_D.shape[0], 0, np.float32(0)
     while c < count:
         c1, c2, c3 = min(c + 1, count - 1), min(c + 2, count - 1), min(c + 3, count - 1)
         p, q, r, s = W_FD[index_C[c]], W_FD[index_C[c1]], W_FD[index_C[c2]], W_FD[index_C[c3]]
-        t0, t1, t2, t3 = zero, zero, zero, zero
-        for i in range(d):
-            a = a_D[i]
-            t0 += a * p[i]
-            t1 += a * q[i]
-            t2 += a * r[i]
-            t3 += a * s[i]
-        out_C[c3], out_C[c2], out_C[c1], out_C[c] = t3, t2, t1, t0
         w0 = weight_C[c]
         w1 = weight_C[c1] if c1 == c + 1 else zero
         w2 = weight_C[c2] if c2 == c + 2 else zero
         w3 = weight_C[c3] if c3 == c + 3 else zero
+        t0, t1, t2, t3 = zero, zero, zero, zero
         for i in range(d):
-            total_D[i] += (w0 * p[i] + w1 * q[i]) + (w2 * r[i] + w3 * s[i])
+            a, pi, qi, ri, si = a_D[i], p[i], q[i], r[i], s[i]
+            t0 += a * pi
+            t1 += a * qi
+            t2 += a * ri
+            t3 += a * si
+            total_D[i] += (w0 * pi + w1 * qi) + (w2 * ri + w3 * si)
+        out_C[c3], out_C[c2], out_C[c1], out_C[c] = t3, t2, t1, t0
         c += 4
+
+
+if _pack is None:
+
+    @jit
+    def pack(keys_N, n, bound, place_C, kept_C, most):
+        """The places of those of the first n that are at least `bound`, and they themselves; returns how many, or more than `most` where there are more.
+
+        place_C and kept_C have room for `most` and `SPARE` more. All int32."""
+        m = 0
+        for i in range(n):
+            place_C[m], kept_C[m] = i, keys_N[i]  # written in any case: a branch that nobody can predict takes longer
+            m += np.int64(keys_N[i] >= bound)
+            if m > most:
+                break
+        return m
+
+else:
+
+    @jit
+    def pack(keys_N, n, bound, place_C, kept_C, most):
+        """As above."""
+        m, whole = 0, n - n % compiled.WIDTH
+        for i in range(0, whole, compiled.WIDTH):
+            m = _pack(keys_N, i, bound, place_C, kept_C, m)
+            if m > most:
+                return m
+        for i in range(whole, n):
+            place_C[m], kept_C[m] = i, keys_N[i]
+            m += np.int64(keys_N[i] >= bound)
+            if m > most:
+                break
+        return m
 
 
 @jit

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from saehub_native.kernels.cpu_arithmetic import ascending, dot, dots, dots_and_sum, jit, weighted_sum
-from saehub_native.kernels.cpu_select import BFLOAT16, _float, _flipped, _keep_best, _kth_largest, _open, _select
+from saehub_native.kernels.cpu_arithmetic import SPARE, ascending, dot, dots, dots_and_sum, jit, pack, prefetch_row, weighted_sum
+from saehub_native.kernels.cpu_select import BFLOAT16, _float, _flipped, _keep_best, _kth_largest, _load_keys, _select, _threshold
 
 TILE_BYTES = 576 << 10
 """Weights of one tile."""
@@ -59,9 +59,10 @@ def select_wide_rows(
     need = min(n, k + r)
     places = min(n, 2 * need)
     maxima_G, score_C, value_C = np.empty(n, np.float32), np.empty(n, np.float32), np.empty(n, np.float32)
-    found_C, order_C = np.empty(n, np.int64), np.empty(n, np.int32)
-    score_RM, value_RM = np.empty((BLOCK, places), np.float32), np.empty((BLOCK, places), np.float32)
-    latent_RM = np.empty((BLOCK, places), np.int32)
+    found_C, order_C, key_F = np.empty(n, np.int64), np.empty(n, np.int32), np.empty(n, np.int32)
+    float_F = key_F.view(np.float32)
+    key_RM, latent_RM = np.empty((BLOCK, places + SPARE), np.int32), np.empty((BLOCK, places + SPARE), np.int32)
+    value_RM = np.empty((BLOCK, places), np.float32)
     next_F, row_N, place_N, value_N = np.empty(n + 1, np.int32), np.empty(BLOCK * places, np.int32), np.empty(BLOCK * places, np.int32), np.empty(BLOCK, np.float32)
     count_R, bound_R = np.empty(BLOCK, np.int64), np.empty(BLOCK, np.float32)
     flat_N = value_RM.reshape(-1)
@@ -70,14 +71,13 @@ def select_wide_rows(
         next_F[:] = 0
         for i in range(rows):
             b = first + i
-            m, t = _open(
-                kind, by_size, scores32_CF, scores16_CF, b - at, scale_F, row_scale_B[b], b_enc_F, need, maxima_G, found_C, score_C
-            )
-            bound_R[i] = t
+            _load_keys(kind, by_size, scores32_CF[b - at], scores16_CF[b - at], scale_F, row_scale_B[b], b_enc_F, key_F, float_F)
+            t = _threshold(key_F, n, need, max(need >> 5, min(need >> 3, 8)))
+            m = pack(key_F, n, t, latent_RM[i], key_RM[i], places)
+            bound_R[i] = _float(_flipped(t))
             count_R[i] = m if m <= places else 0
             for c in range(count_R[i]):
-                latent_RM[i, c], score_RM[i, c] = found_C[c], score_C[c]
-                next_F[found_C[c]] += 1
+                next_F[latent_RM[i, c]] += 1
         _starts(next_F, n)
         for i in range(rows):
             for c in range(count_R[i]):
@@ -87,6 +87,7 @@ def select_wide_rows(
         q = 0
         for f in range(n):
             p, q = q, np.int64(next_F[f])
+            prefetch_row(W_enc_FD, min(f + 1, n - 1))
             dots(W_enc_FD[f], x_BD, row_N[p:q], q - p, value_N, False)
             for c in range(q - p):
                 flat_N[place_N[p + c]] = value_N[c] + b_enc_F[f]
@@ -94,7 +95,7 @@ def select_wide_rows(
             b, m = first + i, count_R[i]
             square = np.float32(0)
             for c in range(m):
-                miss = (abs(value_RM[i, c]) if by_size else value_RM[i, c]) - score_RM[i, c]
+                miss = (abs(value_RM[i, c]) if by_size else value_RM[i, c]) - _float(_flipped(key_RM[i, c]))
                 square += miss * miss
             last, taken, again = np.int32(0), 0, 0
             if m > 0:
@@ -176,6 +177,7 @@ def residual_of_blocks(start, stop, W_dec_FD, tile, start_PT, latent_N, value_N,
             base = first * width
             for i in range(min(BLOCK, n_rows - first)):
                 p, q = base + start_PT[block, t * BLOCK + i], base + start_PT[block, t * BLOCK + i + 1]
+                prefetch_row(residual_BD, min(first + i + 1, n_rows - 1))
                 weighted_sum(value_N[p:q], W_dec_FD, latent_N[p:q], q - p, residual_BD[first + i], False)
     for b in range(start * BLOCK, min(n_rows, stop * BLOCK)):
         e_D, g_D = residual_BD[b], grad_BD[b]
@@ -194,11 +196,15 @@ def gradients_of_latents(start, stop, W_dec_FD, start_PF, row_N, weight_N, delta
         base = block * BLOCK * width
         for f in range(start, stop):
             p, q = base + start_PF[block, f], base + start_PF[block, f + 1]
+            following = min(f + 1, stop - 1)
+            prefetch_row(W_dec_FD, following)
+            prefetch_row(dec_FD, following)
             dots_and_sum(W_dec_FD[f], grad_BD, row_N[p:q], q - p, weight_N[p:q], delta_N[p:q], dec_FD[f])
     for block in range(start_PF.shape[0]):
         base = block * BLOCK * width
         for f in range(start, stop):
             p, q = base + start_PF[block, f], base + start_PF[block, f + 1]
+            prefetch_row(enc_FD, min(f + 1, stop - 1))
             weighted_sum(delta_N[p:q], x_BD, row_N[p:q], q - p, enc_FD[f], False)
             total = np.float32(0)  # not in place: how a sum in memory is computed may depend on what lies beside it
             for i in range(p, q):
