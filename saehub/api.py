@@ -361,6 +361,8 @@ class EvalContext:
     """The recipe's extractor over a dataset: `rows(dataset, sites)` yields one `Rows` a language-model batch."""
     measured: Sequence[Measurement] = ()
     """What other evaluators of the run found about these SAEs, for an evaluator that needs `measurements`: it runs after them."""
+    cautions: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """SAE -> what the hub warns of before it is measured, such as a site that it fits better; for the same evaluators."""
 
 
 @dataclass(frozen=True)

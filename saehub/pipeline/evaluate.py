@@ -72,6 +72,7 @@ def evaluation_spec(context: Context, stages: list[Stage], needs: set[str]) -> d
         "work_dir": str(plan.base / "work" / stages[0].key[:20]),
         "lm_batch": extract.lm_batch,
         "measured": [row.to_json() for row in _measured(plan, stages)] if "measurements" in needs else [],
+        "cautions": _cautions(context, subjects) if "measurements" in needs else {},
     }
 
 
@@ -79,6 +80,13 @@ def _measured(plan: Plan, stages: list[Stage]) -> list[Measurement]:
     """The rows of the evaluations that `stages` depend on, each once."""
     sources = dict.fromkeys(name for stage in stages for name in stage.inputs if name.startswith("evaluate/"))
     return [row for name in sources for row in read_measurements(plan.stage(name).where)]
+
+
+def _cautions(context: Context, subjects: Iterable[str]) -> dict[str, list[str]]:
+    """What preflight warns of, by SAE: its checks of one SAE are named `ID: what`."""
+    warned = [check for check in context.facts.get("preflight", []) if check["status"] == "warning"]
+    ids = [subject.partition("/")[2] for subject in subjects]
+    return {name: told for name in ids if (told := [check["detail"] for check in warned if check["name"].startswith(f"{name}: ")])}
 
 
 def subject_spec(name: str, path: Path, site: str | None = None) -> dict[str, Any]:

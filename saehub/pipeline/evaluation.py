@@ -24,7 +24,7 @@ def open_context(spec: dict[str, Any], *, model: Any = None, extractor: Any = No
     """Build the context from plain data: here, or in the worker that received it.
 
     `spec`: subjects [{id, path, site, target_site}], model (ModelSpec fields or None), datasets {name: folder}, extractor {address, config},
-    seed, device, work_dir, lm_batch; measured (rows of other evaluators as JSON), where the evaluator needs them; rows (how many of
+    seed, device, work_dir, lm_batch; measured (rows of other evaluators as JSON) and cautions {SAE: sentences}, where the evaluator needs them; rows (how many of
     each dataset are read; all without it).
     """
     from saehub.checkpoint.format import load, read_header, tensors_hash
@@ -58,7 +58,8 @@ def open_context(spec: dict[str, Any], *, model: Any = None, extractor: Any = No
     work_dir = Path(spec["work_dir"])
     work_dir.mkdir(parents=True, exist_ok=True)
     return HubEvalContext(
-        subjects, model, datasets, spec["seed"], spec["device"], work_dir, spec["lm_batch"], emit or (lambda event: None), rows, measured, spec=spec
+        subjects, model, datasets, spec["seed"], spec["device"], work_dir, spec["lm_batch"], emit or (lambda event: None), rows, measured,
+        spec.get("cautions", {}), spec=spec,
     )
 
 

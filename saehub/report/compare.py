@@ -142,12 +142,12 @@ def _adjusted(found: list[Difference]) -> list[Difference]:
 
 def _other_sparsity(found: Sequence[Difference]) -> list[str]:
     """A sentence for each pair of SAEs whose L0 differ by more than 5 %: what is better then may only be what is less sparse."""
-    told: dict[tuple[str, ...], str] = {}
+    told: dict[tuple[tuple[str, ...], tuple[str, ...]], str] = {}
     for item in found:
         if item.metric == "l0" and item.a and item.delta is not None and abs(item.delta) > 0.05 * abs(item.a):
             names = " and ".join(dict.fromkeys(("+".join(item.subjects_a), "+".join(item.subjects_b))))
             told.setdefault(
-                item.subjects_a,
+                (item.subjects_a, item.subjects_b),
                 f"{names}: L0 is {item.a:.4g} in the first run and {item.b:.4g} in the second; "
                 "a better reconstruction may be bought with it",
             )

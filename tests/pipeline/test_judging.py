@@ -81,6 +81,9 @@ def test_a_run_ends_with_verdicts_in_results_card_and_table(folder, tmp_path, ca
     assert shown.index("verdicts (in-sample)") < shown.index("healthiest of this run") and said["a"].reasons[0][:30] in shown.replace("\n", " ")
     again = run(planned(folder, tmp_path))
     assert [row.to_json() for row in again.measurements] == [row.to_json() for row in result.measurements]
+    elsewhere = f"saes: [{{id: moved, load: {result.checkpoints['b']}, site: resid_post.0}}]\n"  # trained at resid_post.1
+    (moved,) = verdicts(run(planned(folder, tmp_path, lambda text: text[: text.index("train:\n")] + elsewhere + text[text.index("evaluate:") :])).measurements)
+    assert "site in doubt" in moved.flags and moved.word != "good"
 
 
 def test_one_checkpoint_is_judged_with_what_the_judge_reads():

@@ -160,6 +160,20 @@ def test_a_share_of_no_gap_is_no_evidence():
 
 
 @pytest.mark.quick
+def test_what_fits_another_site_better_is_not_good():
+    told = "FVU 0.17 at resid_post.3, 0.1 at resid_pre.3: probably mislabelled"
+    judgement = judge(replace(FINE, cautions=(told,)))
+    assert judgement.verdict == "undecided" and told in judgement.reasons and "site in doubt" in judgement.flags
+
+
+@pytest.mark.quick
+def test_no_better_than_random_for_lack_of_latents_says_so():
+    judgement = judge(replace(FINE, fvu=0.49, recovered=0.8, dead=0.48))
+    assert judgement.verdict == "collapsed" and any("48.0%" in reason for reason in judgement.reasons) and judgement.next[0].startswith("fewer latents")
+    assert len(judge(replace(FINE, fvu=0.49, recovered=0.8)).reasons) == 1
+
+
+@pytest.mark.quick
 @pytest.mark.parametrize(("changes", "why"), [({"fvu": 0.34, "fvu_out": 0.49, "recovered_out": 0.8}, "0.49 on out_of_sample"), ({"recovered_out": 0.6}, "60.0% on out")])
 def test_what_does_not_hold_out_of_sample_is_not_good(changes, why):
     judgement = judge(replace(FINE, **changes))

@@ -180,4 +180,5 @@ def test_the_saes_of_one_run_are_compared_in_pairs_at_their_site():
     fvu = [item for item in found if item.metric == "fvu"]
     assert [(item.subjects_a, item.subjects_b) for item in fvu] == [(("a",), ("b",)), (("a",), ("c",)), (("b",), ("c",))]
     assert all(item.verdict == "a better" and item.family == 3 for item in fvu)
-    assert any("L0 is 32 in the first and 64 in the second" in text for text in remarks)
+    assert [text.partition(":")[0] for text in remarks] == ["a and c", "b and c"]
+    assert all("L0 is 32 in the first and 64 in the second" in text for text in remarks)

@@ -80,9 +80,8 @@ class HealthEvaluator:
             return out.rows, None
         near = geometry.neighbours(sae.W_dec, self.config.duplicate_cosine, self.config.memory)
         mean, spread = geometry.random_maximum(latents, width)
-        norms_F = sae.W_dec.float().norm(dim=1)
         # The ratio to the null says little where the null is 0; the difference never does.
-        parts = {"null": mean, "above_null": near.redundancy - mean, "histogram": _histogram(near.cosine_F), "zero_rows": int((norms_F == 0).sum())}
+        parts = {"null": mean, "above_null": near.redundancy - mean, "histogram": _histogram(near.cosine_F), "zero_rows": int((sae.W_dec == 0).all(dim=1).sum())}
         out.over_latents("redundancy", near.cosine_F if latents > 1 else np.zeros(1), parts=parts)
         out.share("redundancy_null", mean, math.sqrt(2 / latents) * spread, latents, f"F = {latents:,} random directions in {width:,} dimensions", {"spread": spread})
         sizes = near.cluster_sizes()

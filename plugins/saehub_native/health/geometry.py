@@ -46,8 +46,9 @@ class Neighbours:
 
 
 def unit(W_FD: Tensor) -> Tensor:
-    """Rows divided by their norms (float32 at least); zero rows stay zero."""
+    """Rows divided by their norms (float32 at least), whatever their scale; zero rows stay zero."""
     W_FD = W_FD.detach().to(torch.promote_types(W_FD.dtype, torch.float32))
+    W_FD = W_FD / W_FD.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(W_FD.dtype).tiny)  # else squares of 1e25 or 1e-25 leave the range
     norms_F1 = W_FD.norm(dim=1, keepdim=True)
     return torch.where(norms_F1 > 0, W_FD / norms_F1, 0.0)
 

@@ -32,7 +32,8 @@ class VerdictEvaluator:
         for subject in context.subjects:
             rows = [row for row in context.measured if row.subjects == (subject.id,)]
             trainer = subject.sae.provenance.get("trainer") or {}
-            evidence = gather(rows, latents=subject.sae.config.d_sae, d_in=subject.sae.config.d_in, moved=trainer.get("moved"))
+            config, cautions = subject.sae.config, context.cautions.get(subject.id, ())
+            evidence = gather(rows, latents=config.d_sae, d_in=config.d_in, moved=trainer.get("moved"), cautions=cautions)
             judgement = judge(evidence, self.config)
             found += [self._verdict(subject, judgement, evidence, context.seed), self._score(subject, judgement, evidence, context.seed)]
             names = list(dict.fromkeys(row.dataset for row in rows if row.dataset is not None))

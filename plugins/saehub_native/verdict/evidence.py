@@ -43,6 +43,8 @@ class Evidence:
     norm_ratio: float | None = None
     moved: float | None = None
     """How far training moved the weights from their initial state, as a share of their norm (`saehub.pipeline.movement`); None: not recorded."""
+    cautions: tuple[str, ...] = ()
+    """What the hub warned of: another site that the SAE fits better."""
     broken: tuple[str, ...] = ()
     """Reasons of failed measurements."""
     outside: str | None = None
@@ -71,7 +73,7 @@ _OUTSIDE = {"fvu": "fvu_out", "fvu_random": "fvu_random_out", "ce_recovered_zero
 _WEIGHTS = {"redundancy": "redundancy", "redundancy_null": "redundancy_null", "duplicate_share": "duplicates", "finite_weights": "finite_weights"}
 
 
-def gather(rows: Iterable[Measurement], *, latents: int | None = None, d_in: int | None = None, moved: float | None = None) -> Evidence:
+def gather(rows: Iterable[Measurement], *, latents: int | None = None, d_in: int | None = None, moved: float | None = None, cautions: Iterable[str] = ()) -> Evidence:
     """The evidence in the measurements of one SAE. In sample is the dataset of that name, else the first one; out of sample likewise."""
     rows = list(rows)
     names = list(dict.fromkeys(row.dataset for row in rows if row.dataset is not None))
@@ -90,7 +92,7 @@ def gather(rows: Iterable[Measurement], *, latents: int | None = None, d_in: int
             clear = False
         if name and row.status == "ok" and name not in found and row.parts.get("clear") is not False:
             found[name], sources[name] = row.value, row
-    evidence = Evidence(**found, loss_clear=clear, latents=latents, d_in=d_in, moved=moved, broken=tuple(broken), outside=outside, sources=sources)
+    evidence = Evidence(**found, loss_clear=clear, latents=latents, d_in=d_in, moved=moved, cautions=tuple(cautions), broken=tuple(broken), outside=outside, sources=sources)
     return _deadness(evidence, [row for row in rows if row.dataset == inside])
 
 

@@ -53,7 +53,7 @@ class Judgement:
     reasons: tuple[str, ...]
     """Of the rule that decided, then of others that point the same way."""
     flags: tuple[str, ...]
-    """True whatever the verdict: undercomplete, not sparse, budget unknown, null not measured, ablation costs no cross-entropy, out of sample not measured."""
+    """True whatever the verdict: undercomplete, not sparse, budget unknown, null not measured, site in doubt, ablation costs no cross-entropy, out of sample not measured."""
     next: tuple[str, ...]
     rule: str
     """Id of the rule that decided."""
@@ -197,7 +197,10 @@ def judge(e: Evidence, t: VerdictConfig | None = None) -> Judgement:
         same = [reason for other, reason in hits if other.verdict == rule.verdict]
         same = [reason for i, reason in enumerate(same) if not any(reason.startswith(before) for before in same[:i])]
         also = [f"also: {reason}" for other, reason in hits if other.verdict != rule.verdict and rule.verdict != "collapsed"]
-        return Judgement(rule.verdict, tuple(dict.fromkeys([*same, *also])), flags, rule.next, rule.id, rule.doomed, score)
+        steps = rule.next
+        if rule.id == "no better than random" and (proven_dead(e) or 0) >= t.dead_wasted:  # the likelier cause
+            also, steps = [f"also: {_dead_words(e)}"], (*CAPACITY, *steps)
+        return Judgement(rule.verdict, tuple(dict.fromkeys([*same, *also])), flags, steps, rule.id, rule.doomed, score)
     doubts = _doubts(e, t)
     if doubts:
         return Judgement("undecided", tuple(reason for reason, _ in doubts), flags, tuple(dict.fromkeys(fix for _, fix in doubts)), "doubts", False, score)
@@ -216,6 +219,8 @@ def _flags(e: Evidence) -> list[str]:
         found.append("budget unknown")
     if e.redundancy_null is None:
         found.append("null not measured")
+    if e.cautions:
+        found.append("site in doubt")
     if not e.loss_clear:
         found.append("ablation costs no cross-entropy")
     if e.fvu_out is None and e.recovered_out is None:
@@ -225,7 +230,7 @@ def _flags(e: Evidence) -> list[str]:
 
 def _doubts(e: Evidence, t: VerdictConfig) -> list[tuple[str, str]]:
     """(why it is not good, what would decide it) for everything that is missing or lies between the thresholds."""
-    found = []
+    found = [(caution, "its site: the source that it came from, and `saehub doctor --recipe R`") for caution in e.cautions]
     if e.fvu is None and e.recovered is None:
         found.append(("reconstruction was not measured", "evaluate: [{uses: native/core}]"))
     elif e.fvu is not None and e.fvu_random is not None:

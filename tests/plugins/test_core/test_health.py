@@ -97,6 +97,14 @@ def test_neighbours_are_those_of_the_whole_matrix(memory):
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize("scale", [1e25, 1e-25, 1e-38])
+def test_redundancy_does_not_see_scale(scale):
+    W_FD = torch.randn(40, 8, generator=torch.Generator().manual_seed(1))
+    found, plain = geometry.neighbours(W_FD * scale, 0.9, 2**20), geometry.neighbours(W_FD, 0.9, 2**20)
+    assert found.cosine_F == pytest.approx(plain.cosine_F, abs=1e-5) and 0.5 < plain.redundancy < 1
+
+
+@pytest.mark.quick
 def test_one_latent_and_identical_latents():
     assert geometry.neighbours(torch.ones(1, 4), 0.9, 2**20).redundancy == 0.0
     same = geometry.neighbours(torch.ones(6, 4), 0.9, 2**20)
