@@ -252,9 +252,18 @@ def _note_tensors(certificate: Certificate, source: SAE, target: SAE, notes: Any
 
 def _refused(certificate: Certificate, reason: str, sae: SAE, *, but: str) -> Refused:
     """The refusal, with the formats that can say this SAE."""
-    from saehub.checkpoint.load import NATIVE, _instance, exporters
+    from saehub.checkpoint.load import NATIVE
 
-    can = [NATIVE] if but != NATIVE else []
+    can = [*([NATIVE] if but != NATIVE else []), *formats_for(sae, but=but)]
+    certificate.outcome, certificate.reason = REFUSED, reason
+    return Refused(f"{but} cannot say this SAE", certificate, why=reason, fix=f"formats that can: {', '.join(can)}")
+
+
+def formats_for(sae: SAE, *, but: str) -> list[str]:
+    """Addresses of the registered exporters, `but` one, that say they can write this SAE."""
+    from saehub.checkpoint.load import _instance, exporters
+
+    can = []
     for address, registered in exporters().items():
         try:
             codec = _instance(registered)
@@ -262,8 +271,7 @@ def _refused(certificate: Certificate, reason: str, sae: SAE, *, but: str) -> Re
                 can.append(address)
         except SaehubError:
             continue
-    certificate.outcome, certificate.reason = REFUSED, reason
-    return Refused(f"{but} cannot say this SAE", certificate, why=reason, fix=f"formats that can: {', '.join(can)}")
+    return can
 
 
 def _kept_original(path: Path, found: SAE) -> SAE | None:

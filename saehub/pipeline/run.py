@@ -112,6 +112,7 @@ def _ready(plan: Plan) -> Plan:
 def _refusals(plan: Plan) -> None:
     """What cannot work, before hours of training: folders to load that are no checkpoints, and exports, where each exporter is shown a small SAE
     of the architecture and kind that will be trained."""
+    from saehub.checkpoint.convert import formats_for
     from saehub.checkpoint.load import codec, find_format, unknown
     from saehub.checkpoint.registry import BUILT_IN
     from saehub.errors import RecipeError
@@ -125,6 +126,7 @@ def _refusals(plan: Plan) -> None:
         if not stage.cached and path.exists() and find_format(path) is None:
             error = unknown(path)
             problems.append(PlanProblem(f"saes.{stage.spec['id']}.load", error.what + (f" ({error.why})" if error.why else ""), error.fix))
+    refused: dict[tuple[str, str, str], list[str]] = {}
     for stage in plan.of("export"):
         subject = plan.stage(stage.spec["subject"])
         job, config = subject.spec.get("job"), subject.spec.get("config")
@@ -138,9 +140,12 @@ def _refusals(plan: Plan) -> None:
         sae.provenance |= {"site": job.site, "target_site": job.target_site}
         reason = getattr(codec(stage.component)[1], "refusal", lambda sae: None)(sae)
         if reason:
-            others = ", ".join(other for other in plan.catalog.components("exporter") if other != stage.component)
-            fix = f"export[].saes: leave {job.id} out, or another format of: {others}"
-            problems.append(PlanProblem(stage.id, f"{job.id} will be a {config.architecture()} {fields['kind']}: {reason}", fix))
+            what = f"will be a {config.architecture()} {fields['kind']}: {reason}"
+            can = f"another format: {', '.join(formats_for(sae, but=stage.component))}"
+            refused.setdefault((stage.id.removesuffix(f"/{job.id}"), what, can), []).append(job.id)
+    for (place, what, can), ids in refused.items():
+        alone = len(ids) == 1
+        problems.append(PlanProblem(f"{place}/{ids[0]}" if alone else place, f"{', '.join(ids)} {what}", f"export[].saes: leave {'it' if alone else 'them'} out, or {can}"))
     if problems:
         raise RecipeError(f"{len(problems)} part{'s' if len(problems) > 1 else ''} of the run could not work; nothing was started", problems)
 

@@ -121,12 +121,15 @@ def test_ctrl_c_saves_and_says_so(toy, tmp_path):
 
 
 def test_an_export_that_cannot_work_is_refused_before_training(toy, tmp_path):
-    """SAELens has no TopK transcoder: known from the recipe, so nothing is trained first."""
+    """SAELens has no TopK transcoder: known from the recipe, so nothing is trained first. One line for all that have the reason in common."""
     path = write(toy, "sites: [resid_post.0]", "sites: [resid_post.0, mlp_out.1]")
-    path.write_text(path.read_text().replace("{id: a,", "{id: a, site: resid_post.0, target_site: mlp_out.1,") + "export: [{uses: saelens}]\n")
+    placed = path.read_text().replace("{id: a,", "{id: a, site: resid_post.0, target_site: mlp_out.1, sweep: {k: [3, 5]},")
+    path.write_text(placed + "export: [{uses: saelens}]\n")
     result = saehub(tmp_path, "recipe", "run", path)
     assert result.returncode == 2, result.stderr
-    assert "export/saelens/a" in result.stderr and "nothing was started" in result.stderr and "sparsify" in result.stderr
+    assert "export/saelens: a-k3, a-k5 will be a topk transcoder" in result.stderr and "nothing was started" in result.stderr
+    (fix,) = [line for line in result.stderr.splitlines() if line.strip().startswith("fix:")]
+    assert fix.endswith("another format: sparsify/sparsify")  # the others have no such transcoder, or are only read
     assert not list((tmp_path / "store").glob("tokens/*"))
 
 
