@@ -18,7 +18,7 @@ from saehub.cli.talk import clean, colour, interactive
 from saehub.report import numbers
 from saehub.report.pictures import stability_rows
 from saehub.report.table import Group, Row, dataset_label, footnote, groups, headlines, measurement, sizes
-from saehub.report.verdicts import COLUMNS, Verdict, dataset_of, layer_table, verdicts
+from saehub.report.verdicts import COLUMNS, Verdict, alike, dataset_of, layer_table, verdicts
 
 STATUS = {
     **dict.fromkeys(("ok", "cached"), "green"),
@@ -115,7 +115,7 @@ def _verdicts(said: Sequence[Verdict], measurements: Sequence[Any]) -> None:
     show(Text(f"\nverdicts ({dataset_of(measurements) or 'no dataset'})", style="bold"))
     rows = [[_word(cell) if name == "verdict" else text(cell) for name, cell in zip(COLUMNS, line, strict=True)] for line in layer_table(measurements)]
     table(COLUMNS, rows, right=COLUMNS[2:8])
-    for verdict in said:
+    for verdict in alike(said):
         show(Text.assemble((f"\n{clean(verdict.sae)}: ", "bold"), _word(verdict.word), (f"  {clean(', '.join(verdict.flags))}" if verdict.flags else "", "dim")))
         for reason in verdict.reasons:
             show(Text(f"  {clean(reason)}"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
+from math import hypot
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,8 @@ def replay(run: RunFolder, folder: Path | None, *, as_json: bool) -> int:
         )
     else:
         _print(outcomes, verdict)
+        if verdict != "identical" and run.card.get("resume") == "inexact":
+            say(f"the run itself was resumed on another footing ({'; '.join(run.card.get('resume_changes') or [])}), which cannot be repeated")
     return FAILED if bad else OK
 
 
@@ -160,7 +163,8 @@ def _number(item: Any) -> Outcome:
     if item.a == item.b:
         return Outcome("number", name, "identical")
     detail = f"{numbers.with_error(item.a, item.stderr_a)} → {numbers.with_error(item.b, item.stderr_b)}"
-    close = item.delta is not None and item.stderr is not None and abs(item.delta) <= 1.96 * item.stderr
+    known = None not in (item.delta, item.stderr_a, item.stderr_b)  # the two errors, not that of paired differences: two results, not a ranking
+    close = known and abs(item.delta) <= 1.96 * hypot(item.stderr_a, item.stderr_b)
     return Outcome("number", name, "agrees" if close or item.reason == "the 95 % intervals overlap" else "differs", detail)
 
 

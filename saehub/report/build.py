@@ -178,7 +178,7 @@ def judgements(run: RunFolder) -> dict[str, Any]:
     said = verdicts.verdicts(run.measurements)
     lines = verdicts.layer_table(run.measurements) if said and len(said) > 1 else []
     return {
-        "said": [(one, VERDICT_STYLE.get(one.word, "open")) for one in said],
+        "said": [(one, VERDICT_STYLE.get(one.word, "open")) for one in verdicts.alike(said)],
         "head": verdicts.COLUMNS,
         "lines": lines,
         "dataset": verdicts.dataset_of(run.measurements),

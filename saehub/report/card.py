@@ -270,13 +270,13 @@ def markdown(run: RunFolder) -> str:
 
 
 def _md_verdicts(run: RunFolder) -> list[str]:
-    from saehub.report.verdicts import COLUMNS, layer_table, verdicts
+    from saehub.report.verdicts import COLUMNS, alike, layer_table, verdicts
 
     said = verdicts(run.measurements)
     if not said:
         return []
     lines = ["## Verdict", ""]
-    for one in said:
+    for one in alike(said):
         flags = f" ({_md(', '.join(one.flags))})" if one.flags else ""
         lines += [f"**{_md(one.sae)}: {_md(one.word)}**{flags}", "", *(f"- {_md(reason)}" for reason in one.reasons)]
         lines += [f"- check next: {_md('; '.join(one.next))}"] if one.next else []

@@ -7,7 +7,7 @@ field: the order of `verdict_score` among the SAEs shown together, which says no
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from saehub.api import Measurement
@@ -63,6 +63,18 @@ def verdicts(measurements: Iterable[Measurement | Mapping[str, Any]]) -> list[Ve
             listed["reasons"] = (row.reason or row.status,)
         found.append(Verdict(sae, row.site, str(parts.get("word") or "undecided"), **listed, rank=ranks.get(sae), of=len(ranks)))
     return found
+
+
+def alike(said: Iterable[Verdict]) -> list[Verdict]:
+    """Verdicts with the same word, reasons, flags and advice as one, `sae` (and `site`) listing those that it is about: a sweep says a thing once."""
+    groups: dict[tuple, list[Verdict]] = {}
+    for one in said:
+        groups.setdefault((one.word, one.reasons, one.flags, one.next), []).append(one)
+    listed = lambda names: ", ".join(dict.fromkeys(name for name in names if name)) or None  # noqa: E731
+    return [
+        ones[0] if len(ones) == 1 else replace(ones[0], sae=listed(one.sae for one in ones) or "", site=listed(one.site for one in ones), rank=None)
+        for ones in groups.values()
+    ]
 
 
 def rank(scores: Mapping[str, float]) -> dict[str, int]:

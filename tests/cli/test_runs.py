@@ -258,6 +258,20 @@ def test_a_replay_with_other_rounding_agrees(saehub, replayed):
     assert "tensors   native-k32" in said.out
 
 
+@pytest.mark.parametrize(("change", "code"), [(1.9, 0), (2.1, 1)])
+def test_a_run_resumed_on_another_footing_agrees_within_the_two_errors_and_says_so(saehub, replayed, home, change, code):
+    """Paired over sequences, other bits of the weights are another result; as the two numbers state themselves, they are the same."""
+    edit(home / "runs" / "r" / "run_card.json", lambda card: card.update(resume="inexact", resume_changes=["threads: 2 -> 1"]))
+
+    def moved(data):  # by standard errors of the difference of two independent numbers
+        first = data["measurements"][0]
+        first.update(value=first["value"] + change * 2**0.5 * first["stderr"], ci_low=None, ci_high=None)
+
+    replayed.change = lambda folder: edit(folder / "results.json", moved)
+    said = saehub("runs", "replay", "r")
+    assert said.code == code and "resumed on another footing (threads: 2 -> 1)" in said.err, said.err
+
+
 @pytest.mark.parametrize(
     ("name", "change", "word"),
     [

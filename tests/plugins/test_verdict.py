@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from saehub.api import Measurement
-from saehub.report.verdicts import layer_table, rank, verdicts
+from saehub.report.verdicts import alike, layer_table, rank, verdicts
 from saehub_native.verdict.config import VerdictConfig
 from saehub_native.verdict.definitions import DEFINITIONS, WORDS
+from saehub_native.verdict.evaluator import score_error
 from saehub_native.verdict.evidence import Evidence, gather
 from saehub_native.verdict.rules import RULES, judge
 
@@ -178,6 +179,29 @@ def test_no_better_than_random_for_lack_of_latents_says_so():
 def test_what_does_not_hold_out_of_sample_is_not_good(changes, why):
     judgement = judge(replace(FINE, **changes))
     assert judgement.verdict == "undecided" and why in " ".join(judgement.reasons)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("loss", [True, False])
+def test_the_error_of_the_score_is_that_of_drawing_its_factors(loss):
+    errors = {"ce_recovered_zero": 0.004, "fvu": 0.003, "never_fired_share": 0.002, "redundancy": 0.005}
+    values = {"ce_recovered_zero": 0.95, "fvu": 0.2, "never_fired_share": 0.1, "redundancy": 0.4}
+    rows = [row(name, values[name], None if name == "redundancy" else "in_sample", stderr=errors[name]) for name in values if loss or name != "ce_recovered_zero"]
+    found = gather([*rows, row("redundancy_null", 0.25)], latents=64, d_in=32)
+    drawn = {name: np.random.default_rng(i).normal(values[name], errors[name], 200_000) for i, name in enumerate(values)}
+    product = (drawn["ce_recovered_zero"] if loss else 1 - drawn["fvu"]) * (1 - drawn["never_fired_share"]) * (1 - (drawn["redundancy"] - 0.25) / 0.75)
+    score = judge(found).score
+    assert score == pytest.approx(product.mean(), rel=1e-3) and score_error(found, score) == pytest.approx(product.std(), rel=0.02)
+    assert score_error(gather([*rows[:-1], row("redundancy", 0.4)], latents=64, d_in=32), score) is None
+
+
+@pytest.mark.quick
+def test_verdicts_alike_are_told_once():
+    def said(sae: str, site: str, why: str) -> Measurement:
+        return replace(row("verdict", 4, sae=sae, parts={"word": "undecided", "reasons": [why], "next": ["more"]}), site=site)
+
+    found = alike(verdicts([said("a", "x", "few"), said("b", "y", "other"), said("c", "y", "few")]))
+    assert [(one.sae, one.site, one.reasons) for one in found] == [("a, c", "x, y", ("few",)), ("b", "y", ("other",))]
 
 
 @pytest.mark.quick

@@ -20,7 +20,7 @@ _OWN = (
         "verdict_score",
         "capacity put to use",
         "recovered⁺ · (1 - dead) · (1 - excess⁺): cross-entropy recovered (zero-ablation; 1 - FVU where no loss was measured, or its gap is not clear of 0), times the share of "
-        "latents that is not dead, times 1 minus the redundancy above its null, (redundancy - null) / (1 - null); in sample. It orders the SAEs of "
+        "latents that is not dead, times 1 minus the redundancy above its null, (redundancy - null) / (1 - null); in sample. Its error is to first order. It orders the SAEs of "
         "one sweep, and is not a verdict: the best of a bad sweep ranks first in it.",
         "higher",
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 
@@ -65,7 +66,21 @@ class VerdictEvaluator:
     def _score(self, subject: Subject, judgement: Judgement, evidence: Evidence, seed: int) -> Measurement:
         if judgement.score is None:
             return self._row(subject, "verdict_score", None, seed, status="not_measured", reason="it needs reconstruction, deadness and redundancy, all measured")
-        return self._row(subject, "verdict_score", judgement.score, seed, n=len(evidence.sources), note="for the order within a sweep; no error is given")
+        note = "for the order within a sweep; errors of its factors taken as independent"
+        return self._row(subject, "verdict_score", judgement.score, seed, n=len(evidence.sources), stderr=score_error(evidence, judgement.score), note=note)
+
+
+def score_error(evidence: Evidence, score: float) -> float | None:
+    """Standard error of (recovered)(1 - dead)(1 - excess) to first order, each factor's error over the factor; None where one is unknown."""
+    factors = (("recovered", evidence.recovered), ("dead", 1 - evidence.dead), ("redundancy", 1 - max(0.0, evidence.excess)))
+    factors = factors if evidence.recovered is not None else (("fvu", 1 - evidence.fvu), *factors[1:])
+    total = 0.0
+    for name, factor in factors:
+        stderr = evidence.sources[name].stderr if name in evidence.sources else None
+        if stderr is None or factor <= 0:
+            return None
+        total += (stderr / (1 - (evidence.redundancy_null or 0.0)) / factor if name == "redundancy" else stderr / factor) ** 2
+    return score * math.sqrt(total)
 
 
 def evidence_table(evidence: Evidence) -> list[dict]:
