@@ -57,6 +57,12 @@ def _parsed(name: str) -> str | None:
         return None
 
 
+def _map(provenance: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """A part of the provenance, empty where a side channel holds something else."""
+    found = provenance.get(key)
+    return found if isinstance(found, dict) else {}
+
+
 def trainer_words(provenance: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of `config["trainer"]` that the provenance can fill."""
     layer, submodule = None, provenance.get("unknown_site")
@@ -66,10 +72,10 @@ def trainer_words(provenance: Mapping[str, Any]) -> dict[str, Any]:
         site = Site.parse(provenance["site"])
         layer = site.layer
         submodule = f"{site.kind}_layer_{site.layer}" if site.layer is not None else str(site)
-    return {"layer": layer, "submodule_name": submodule, "lm_name": (provenance.get("model") or {}).get("name") or ""}
+    return {"layer": layer, "submodule_name": submodule, "lm_name": _map(provenance, "model").get("name") or ""}
 
 
 def buffer_words(provenance: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of `config["buffer"]`."""
-    context = (provenance.get("tokens") or {}).get("context")
+    context = _map(provenance, "tokens").get("context")
     return {"ctx_len": context} if context else {}

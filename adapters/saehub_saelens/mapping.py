@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from saehub.checkpoint.config import SAEConfig
 from saehub.checkpoint.sae import SAE
-from saehub.errors import FormatError, did_you_mean
+from saehub.errors import FormatError, SaehubError, did_you_mean
 from saehub_saelens import legacy, names, training
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def _read_plainly(foreign: Foreign) -> SAE:
         origin["folded"] = training.folds(config, foreign.scaler, set(tensors))
         config, tensors = training.prepare(config, tensors, foreign.scaler)
     word = config.get("architecture")
-    if word not in known:
+    if str(word) not in known:
         raise FormatError(
             f"SAELens architecture {word!r} cannot be read{did_you_mean(str(word), known)}", why=f"readable: {', '.join(known)}"
         )
@@ -105,7 +105,7 @@ def _read_plainly(foreign: Foreign) -> SAE:
     params = _params(config, architecture, norm)
     if architecture == "temporal" and norm == "constant_scalar_rescale":
         norm = "none"
-    if norm not in NORMS:
+    if str(norm) not in NORMS:
         raise FormatError(
             f"normalize_activations {norm!r} cannot be read",
             why="its whitening was not folded into the weights, and the matrix is not in the folder",
@@ -168,7 +168,7 @@ def _from_side_channel(foreign: Foreign, plain: SAE) -> SAE | None:
         tensors = {name: tensors[name] for name in _specs(config)}
         restored = SAE.build(config, tensors, beside.get("provenance") if isinstance(beside.get("provenance"), dict) else {})
         again = to_saelens(restored)
-    except (FormatError, Unsayable, KeyError, TypeError, ValueError, RuntimeError, OverflowError):
+    except (SaehubError, Unsayable, KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError):
         return None
     if not _same(again, foreign):
         return None

@@ -54,7 +54,7 @@ def is_training(path: Path, config: dict[str, Any]) -> bool:
 
     Before version 6 training and inference folders were alike.
     """
-    if config.get("architecture") in ARCHITECTURES:
+    if str(config.get("architecture")) in ARCHITECTURES:
         return True
     beside = any((path / name).exists() for name in (SCALER, STATE))
     return legacy.is_version_6(config) and (beside or "decoder_init_norm" in config)

@@ -228,7 +228,7 @@ def restore(foreign: Foreign, plain: SAE, write: Callable[[SAE], Foreign]) -> SA
         tensors |= {name: tensors[name].to(_dtype(word)) for name, word in dict(found.get("dtypes") or {}).items()}
         restored = SAE.build(config, {name: tensors[name] for name in architecture(config.architecture).specs(config)}, found["provenance"])
         again = write(restored)
-    except (SaehubError, Unsayable, KeyError, TypeError, ValueError, RuntimeError, OverflowError):
+    except (SaehubError, Unsayable, KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError):
         return None
     return restored if _same(again, foreign) else None
 
@@ -252,5 +252,5 @@ def local_shape(model: Mapping[str, Any]) -> ModelShape | None:
     try:
         folder = local_files(model["name"], model.get("revision")) if model.get("name") else None
         return shape_of(read_json(folder / "config.json")) if folder else None
-    except (SaehubError, OSError, ValueError, TypeError, KeyError):
+    except (SaehubError, OSError, ValueError, TypeError, KeyError, AttributeError):
         return None

@@ -31,7 +31,7 @@ def save(sae: SAE, path: str | Path, *, probe: Probe | None = None, overwrite: b
     """Write `saehub.json`, `sae.safetensors` and, given a probe, `probe.safetensors` into the folder `path`; saehub.json comes last.
 
     Tensors keep their dtypes. `provenance` (site, model, data …) is added to `sae.provenance`. An existing checkpoint there is a
-    UsageError unless `overwrite`; a tensor with NaN or infinity is a FormatError (an infinite threshold is allowed: it switches off).
+    UsageError unless `overwrite`, as is provenance of wrong types; a tensor with NaN or infinity is a FormatError (an infinite threshold is allowed: it switches off).
     """
     from saehub import __version__
     from saehub.checkpoint.registry import provider
@@ -44,6 +44,8 @@ def save(sae: SAE, path: str | Path, *, probe: Probe | None = None, overwrite: b
     for name, tensor in tensors.items():
         _check_finite(name, tensor, f"cannot save to {path}")
     about = _plain({"config": sae.config.to_json(), "provenance": {**sae.provenance, **provenance}})
+    if reason := _wrong_provenance(about["provenance"]):
+        raise UsageError(f"cannot save to {path}: {reason}", fix="saehub.save(sae, path, site=\"resid_post.6\")")
     path.mkdir(parents=True, exist_ok=True)
     (path / HEADER).unlink(missing_ok=True)  # from here on the folder is incomplete, until the header is back
     entries = {name: {"dtype": _dtype(t), "shape": list(t.shape), "sha256": tensor_hash(t)} for name, t in tensors.items()}
@@ -287,10 +289,25 @@ def _check_entries(file: Path, header: Mapping[str, Any]) -> None:
     if header.get("tensors_hash") != tensors_hash(entries):
         raise FormatError(f"{file}: tensors_hash does not follow from the tensors' hashes", fix=RESTORE)
     probe = header.get("probe")
-    if probe is not None and not (isinstance(probe, dict) and isinstance(probe.get("sha256"), str) and isinstance(probe.get("rows"), int)):
-        raise FormatError(f"{file}: 'probe' is {str(probe)[:200]}", why="expected null, or sha256 and rows", fix=RESTORE)
-    if not isinstance(header.get("provenance", {}), dict):
+    if "probe" not in header or probe is not None and not (isinstance(probe, dict) and isinstance(probe.get("sha256"), str) and isinstance(probe.get("rows"), int)):
+        raise FormatError(f"{file}: 'probe' is {str(probe)[:200] if 'probe' in header else 'missing'}", why="expected null, or sha256 and rows", fix=RESTORE)
+    provenance = header.get("provenance", {})
+    if not isinstance(provenance, dict):
         raise FormatError(f"{file}: 'provenance' is not a map", fix=RESTORE)
+    if reason := _wrong_provenance(provenance):
+        raise FormatError(f"{file}: {reason}", fix=RESTORE)
+
+
+def _wrong_provenance(provenance: Mapping[str, Any]) -> str | None:
+    """What the readers of a provenance could not work with, in words: the types of what they look up."""
+    known = [(name, provenance.get(name), str) for name in ("site", "target_site")]
+    known += [(name, provenance.get(name), dict) for name in ("model", "tokens", "data", "trainer", "origin")]
+    if isinstance(provenance.get("model"), dict):
+        known.append(("model.name", provenance["model"].get("name"), str))
+    for name, value, kind in known:
+        if value is not None and not isinstance(value, kind):
+            return f"provenance.{name} is {str(value)[:200]!r}, expected {'a string' if kind is str else 'a map'}, or null"
+    return None
 
 
 def _check_finite(name: str, tensor: Tensor, where: str) -> None:
