@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from importlib.machinery import ExtensionFileLoader, ModuleSpec, SourceFileLoader
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jaxtyping
@@ -21,9 +25,9 @@ from saehub.jsonio import hash_json
 @contextmanager
 def untouched_world() -> Iterator[None]:
     """Put back what SAEBench changes and never restores: grad mode, random states, the folder, environment variables, dtype,
-    threads; its run-time type checks are off inside."""
+    threads; its run-time type checks are off inside, and what is first imported there draws nothing."""
     grad, dtype, threads = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads()
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002  the global state is what must come back
+    states = random_states()
     gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     folder, environment = Path.cwd(), dict(os.environ)
     precision = torch.get_float32_matmul_precision()
@@ -32,7 +36,8 @@ def untouched_world() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # thousands, about scikit-learn's and pydantic's next versions
-            yield
+            with imports_draw_nothing():
+                yield
     finally:
         os.chdir(folder)
         for name in set(os.environ) - set(environment):
@@ -43,11 +48,55 @@ def untouched_world() -> Iterator[None]:
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision(precision)
         jaxtyping.config.update("jaxtyping_disable", types)
-        random.setstate(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
-        torch.set_rng_state(states[2])
+        put_back(states)
         if gpu:
             torch.cuda.set_rng_state_all(gpu)
+
+
+def random_states() -> tuple[Any, Any, torch.Tensor]:
+    """Python's, NumPy's and torch's (CPU) global random states."""
+    return random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002  SAEBench draws from the global ones
+
+
+def put_back(states: tuple[Any, Any, torch.Tensor]) -> None:
+    """Make `random_states()` what it was."""
+    random.setstate(states[0])
+    np.random.set_state(states[1])  # noqa: NPY002
+    torch.set_rng_state(states[2])
+
+
+@contextmanager
+def imports_draw_nothing() -> Iterator[None]:
+    """A module that is imported in the block leaves the global random states as it found them.
+
+    SAEBench imports half of its libraries after a seed is set, and `rich.style`, which scikit-learn >= 1.9 brings in, draws from Python's
+    generator when it is imported: words and splits would depend on whether anything in the process had imported it before.
+    """
+    finder = _QuietFinder()
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+
+
+class _QuietFinder:
+    """Finds what the other finders find; what comes from a file is executed between a look at the random states and their return."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        others = (finder for finder in list(sys.meta_path) if not isinstance(finder, _QuietFinder) and hasattr(finder, "find_spec"))
+        spec = next((found for finder in others if (found := finder.find_spec(name, path, target)) is not None), None)
+        if spec is not None and isinstance(spec.loader, SourceFileLoader | ExtensionFileLoader):  # objects made for this module alone
+            spec.loader.exec_module = partial(_quietly, spec.loader.exec_module)  # type: ignore[method-assign]
+        return spec
+
+
+def _quietly(execute: Callable[[ModuleType], None], module: ModuleType) -> None:
+    states = random_states()
+    try:
+        execute(module)
+    finally:
+        put_back(states)
 
 
 @contextmanager

@@ -206,6 +206,35 @@ def test_nothing_global_is_left_changed(tmp_path):
 
 
 @pytest.mark.quick
+def test_what_is_imported_draws_nothing(tmp_path, monkeypatch):
+    """After a seed, the first import of a package that draws from all three generators, and of one that it imports: the next numbers are the seed's."""
+    import random
+    import sys
+
+    import numpy as np
+    from saehub_saebench.isolation import seed_everything, untouched_world
+
+    inner, outer = f"draws_{tmp_path.name}_inner", f"draws_{tmp_path.name}_outer"
+    drawing = "import random, numpy, torch\nDRAWN = random.random(), numpy.random.rand(), torch.rand(1).item()\n"
+    (tmp_path / f"{inner}.py").write_text(drawing)
+    (tmp_path / f"{outer}.py").write_text(f"{drawing}import {inner}\nAFTER = random.random()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def three() -> tuple[float, float, float]:
+        return random.random(), np.random.rand(), torch.rand(1).item()  # noqa: NPY002
+
+    finders = list(sys.meta_path)
+    with untouched_world():
+        seed_everything(5)
+        expected = three()
+        seed_everything(5)
+        module = __import__(outer)
+        assert module.DRAWN == expected == three()  # it drew, and left nothing of it
+        assert module.AFTER == sys.modules[inner].DRAWN[0] != expected[0]  # nor did what it imports
+    assert sys.meta_path == finders
+
+
+@pytest.mark.quick
 @pytest.mark.parametrize("settings", [{"seeds": ()}, {"seeds": (1, 1)}, {"seeds": (-1,)}, {"batch_size_prompts": 0}])
 def test_impossible_settings_are_refused(settings):
     from saehub_saebench.config import CoreConfig

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from dataclasses import asdict
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -190,6 +194,28 @@ def test_a_model_that_cannot_spell_is_said_to_be_one(stage, tmp_path):
     assert {row.status for row in rows} == {"not_measured"} and "cannot spell" in rows[0].reason
     elsewhere = context_of(stage, tmp_path, {"mlp": sae_of(stage)}, site="mlp_out.0")
     assert "reads resid_post of the layer" in Absorption(AbsorptionConfig(seeds=(1,))).evaluate(elsewhere)[0].reason
+
+
+def test_absorption_is_the_same_in_a_new_process_as_where_all_is_imported(tmp_path):
+    """Here SAEBench and what it needs are imported before; there in the middle of the measurement, after a seed was set, and strings hash otherwise."""
+    import sae_bench.evals.absorption.main  # noqa: F401
+
+    absorbs = spec_from_file_location("saebench_absorbs", Path(__file__).with_name("saebench_absorbs.py"))
+    saebench_absorbs = module_from_spec(absorbs)
+    absorbs.loader.exec_module(saebench_absorbs)
+    folders = [tmp_path / name for name in ("here", "there")]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        here = saebench_absorbs.measured(folders[0])
+    finally:
+        torch.set_num_threads(threads)
+    hashed = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
+    command = [sys.executable, absorbs.origin, str(folders[1])]
+    done = subprocess.run(command, env=os.environ | {"PYTHONHASHSEED": hashed}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(here) == 12 and all(value is not None for *_, value in here)
+    assert json.loads((folders[1] / "measured.json").read_text()) == here
 
 
 # ---------------------------------------------------------------------- autointerp
