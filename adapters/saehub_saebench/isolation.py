@@ -69,7 +69,7 @@ def put_back(states: tuple[Any, Any, torch.Tensor]) -> None:
 def imports_draw_nothing() -> Iterator[None]:
     """A module that is imported in the block leaves the global random states as it found them.
 
-    SAEBench is imported inside functions, so much of it comes first after a seed was set; and `rich.style`, which scikit-learn >= 1.9 brings in,
+    SAEBench is imported inside functions, so much of it comes first after a seed was set; and `rich.style`, which scikit-learn 1.9 brings in,
     draws from Python's generator when it is imported: absorption's words would depend on what else the process had measured before.
     Threads that draw while another one imports would be set back; SAEBench's do not.
     """
