@@ -37,9 +37,9 @@ def test_as_numpy() -> None:
 
 
 def test_as_numpy_on_an_old_processor() -> None:
-    code = "from saehub_native.kernels import compiled; assert compiled.packer() is None; import test_cpu_pack; test_cpu_pack.check()"
+    code = (
+        "from saehub_native.kernels import instructions; assert instructions.packer() is None; import test_cpu_pack; test_cpu_pack.check()"
+    )
     environment = {**os.environ, "NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "", "PYTHONPATH": os.path.dirname(__file__)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-

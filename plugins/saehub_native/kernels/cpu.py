@@ -25,9 +25,10 @@ from saehub_native.kernels import Firing
 from saehub_native.kernels.audit import missed_rows
 from saehub_native.kernels.cpu_dead import DeadLatents
 from saehub_native.kernels.lazy import Part, RowSums
-from saehub_native.kernels.rank import KINDS, LATENTS_A_PIECE, ROWS_A_PIECE, Ranker, best_kind, pieces
+from saehub_native.kernels.rank import KINDS, LATENTS_A_PIECE, ROWS_A_PIECE, Ranker, best_kind
 from saehub_native.kernels.reference import ReferenceKernels
-from saehub_native.kernels.team import Team
+from saehub_native.kernels.scanning import rank
+from saehub_native.kernels.team import Team, pieces
 
 if TYPE_CHECKING:
     from saehub_native.optim import Adam
@@ -39,6 +40,8 @@ AGAIN_SHARE = 32
 """More than one row in so many that needs further candidates, and r is doubled for the batches to come."""
 WIDE = 24
 """Where a row selects at least one in so many latents, the loops of cpu_wide.py take less time."""
+SCAN_PLACES = 8
+"""Latents for each one that a row may select over a batch, from which a scan takes less time than a product that returns all scores."""
 GROUPING_PIECES = 8
 TINY = 1e-12
 NO_COPIES = (0, np.ones(1, np.float32), np.empty((1, 1), np.int16), np.empty((1, 1), np.int8), np.ones(1, np.float32))
@@ -70,6 +73,25 @@ class Selection:
         else:
             kernels.choosing.select_rows(*scores, self.rule == "abs", *arguments)
 
+    def scans(self) -> bool:
+        """Whether `scanned` takes less time than `rows`."""
+        scanner, (_, W_enc_FD, _, k) = self.kernels.ranker.scanner, self.inputs
+        return scanner is not None and not self.wide and self.rule in ("top", "abs") and scanner.suits(len(W_enc_FD), k + self.kernels.r)
+
+    def places(self) -> int:
+        """Candidates of a row that `scanned` keeps."""
+        _, W_enc_FD, _, k = self.inputs
+        return self.kernels.ranker.scanner.places(len(W_enc_FD), k + self.kernels.r)
+
+    def scanned(self, start: int, stop: int, *low: Any) -> None:
+        """Select in the rows of a chunk; `low`: rows, their scales, tiles and latents' scales."""
+        kernels, (x_BD, W_enc_FD, b_enc_F, k) = self.kernels, self.inputs
+        scanner, n = kernels.ranker.scanner, len(W_enc_FD)
+        tensors = (self.indices_BK, self.values_BK, self.exact_B, self.again_B)
+        kernels.scanning.select_scanned_rows(
+            start, stop, *low, rank(k + kernels.r, scanner.sample(n), n), *scanner.room(stop - start, self.places()), self.rule == "abs", x_BD.numpy(), W_enc_FD.numpy(), b_enc_F.numpy(), k, kernels.r, GUARD, *(t.numpy() for t in tensors),
+        )  # fmt: skip
+
     def finish(self) -> tuple[Tensor, Tensor]:
         """Values and latents of all rows."""
         kernels, n_rows = self.kernels, len(self.exact_B)
@@ -93,9 +115,9 @@ class CpuKernels(DeadLatents, ReferenceKernels):
 
     def __init__(self, kind: str | None = None):
         super().__init__()
-        from saehub_native.kernels import cpu_loops, cpu_select, cpu_wide
+        from saehub_native.kernels import cpu_loops, cpu_scan, cpu_select, cpu_wide
 
-        self.loops, self.choosing, self.wide, self.team = cpu_loops, cpu_select, cpu_wide, Team()
+        self.loops, self.choosing, self.scanning, self.wide, self.team = cpu_loops, cpu_select, cpu_scan, cpu_wide, Team()
         self.ranker = Ranker(kind or best_kind(), cpu_loops, self.team)
         self.r, self.selections, self.audited, self.missed = R_START, 0, 0, 0
         self.exact_a_row = 0.0
@@ -135,8 +157,21 @@ class CpuKernels(DeadLatents, ReferenceKernels):
     # ------------------------------------------------------------------ selection
     def encode_select(self, x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, k: int, rule: str = "top") -> tuple[Tensor, Tensor]:
         selection = Selection(self, x_BD.contiguous(), W_enc_FD, b_enc_F, k, rule)
-        self._scored(x_BD.contiguous(), W_enc_FD, selection.rows)
+        x_BD = x_BD.contiguous()
+        if self._expected is None and selection.scans():  # who expects AuxK wants to see all scores
+            self._scanned(x_BD, W_enc_FD, selection.places(), selection.scanned)
+        else:
+            self._scored(x_BD, W_enc_FD, selection.rows)
         return selection.finish()
+
+    def _scanned(self, x_BD: Tensor, W_enc_FD: Tensor, places: int, loop: Any) -> None:
+        """Call `loop(start, stop, int8 rows, their scales, tiles of weights, latent scales)` over all rows, a chunk at a time."""
+        ranker, scanner, n_rows = self.ranker, self.ranker.scanner, x_BD.shape[0]
+        ranker.prepare(x_BD, W_enc_FD)
+        low_BD, scale_B = ranker.rows(x_BD)
+        low = scanner.rows(low_BD), scale_B.numpy(), scanner.tiles(ranker), ranker.low_scale_F.numpy()
+        chunk = scanner.chunk(n_rows, places)
+        self.team.run(lambda i: loop(i * chunk, min(n_rows, (i + 1) * chunk), *low), -(-n_rows // chunk))
 
     def _scored(self, x_BD: Tensor, W_enc_FD: Tensor, loop: Any) -> None:
         """Call `loop(start, stop, at, kind, scores32, scores16, latent scales, row scales)` over all rows, a chunk of scores at a time."""
@@ -176,7 +211,7 @@ class CpuKernels(DeadLatents, ReferenceKernels):
             indices_BM, scores_BM = torch.empty(n_rows, places, dtype=torch.int32), torch.empty(n_rows, places)
             count_B = torch.zeros(n_rows, dtype=torch.int32)
             index, score, count = indices_BM.numpy(), scores_BM.numpy(), count_B.numpy()
-            self._scored(x_BD, W_enc_FD, lambda *scores: self.choosing.collect_rows(*scores, b, np.float32(low), index, score, count))  # noqa: B023
+            self._collected(x_BD, W_enc_FD, b, low, index, score, count)
             if int(count_B.max()) > places:
                 self._places = min(n_latents, 2 * places)
                 continue
@@ -210,6 +245,20 @@ class CpuKernels(DeadLatents, ReferenceKernels):
         if self.audit_due():
             self.audit(x_BD, W_enc_FD, b_enc_F, values_BK, indices_BK, k, "batch", cut)
         return values_BK, indices_BK
+
+    def _collected(self, x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Any, low: float, index_BM: Any, score_BM: Any, count_B: Any) -> None:
+        """What `collect_rows` says, over all rows."""
+        scanner, (n, places) = self.ranker.scanner, (len(W_enc_FD), index_BM.shape[1])
+        if scanner is None or not scanner.there or self._expected is not None or SCAN_PLACES * places > n:
+            self._scored(x_BD, W_enc_FD, lambda *scores: self.choosing.collect_rows(*scores, b_enc_F, np.float32(low), index_BM, score_BM, count_B))
+            return
+
+        def piece(start: int, stop: int, *scores: Any) -> None:
+            bound_R, *rest = scanner.room(stop - start, places)
+            bound_R[:] = low
+            self.scanning.collect_scanned_rows(start, stop, *scores, bound_R, *rest, b_enc_F, index_BM, score_BM, count_B)
+
+        self._scanned(x_BD, W_enc_FD, places, piece)
 
     def _first_low(self, x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, k: int) -> float:
         """A score to collect from, for a first batch: what 2k scores a row of some rows reach."""
@@ -321,10 +370,16 @@ class CpuKernels(DeadLatents, ReferenceKernels):
                 self.team.run(*pieces(self.loops.row_norms, len(norm_B), 4 * ROWS_A_PIECE, (part.source_BD.numpy(), norm_B.numpy())))
                 norms[id(part.source_BD)] = norm_B.numpy()
         slots, extra_norms = sums.slots_F().numpy(), torch.from_numpy(_extra(sums)).norm(dim=1).numpy()
-        total = 0.0
-        for before, start, stop, arrays, part in self._each_part(sums, 1 << 62):
+        ranges = self._each_part(sums, 8 * LATENTS_A_PIECE)
+        squares = [0.0] * len(ranges)
+
+        def piece(i: int) -> None:
+            before, start, stop, arrays, part = ranges[i]
             here = slice(before, before + part.n_latents)
-            total += self.loops.bound_latents(start, stop, *arrays[:4], norms[id(part.source_BD)], slots[here], extra_norms)
+            squares[i] = self.loops.bound_latents(start, stop, *arrays[:4], norms[id(part.source_BD)], slots[here], extra_norms)
+
+        self.team.run(piece, len(ranges))
+        total = math.fsum(squares)
         return sums.factor**2 * total * (1 + 1e-4)  # room for the rounding of the sums on both sides
 
     # ------------------------------------------------------------------ update

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import numpy as np
 
-from saehub_native.kernels import compiled
+from saehub_native.kernels import compiled, instructions
 
-jit = compiled.compiler(compiled.__file__, *(str(Path(__file__).with_name(f"cpu_{name}.py")) for name in ("arithmetic", "select", "loops", "wide")))
-prefetch, _pack = compiled.prefetcher(), compiled.packer()
+FILES = ("arithmetic", "select", "loops", "wide", "scan")
+jit = compiled.compiler(compiled.__file__, instructions.__file__, *(str(Path(__file__).with_name(f"cpu_{name}.py")) for name in FILES))
+prefetch, _pack = instructions.prefetcher(), instructions.packer()
 
 LINE = 16  # float32 numbers of a cache line
-SPARE = compiled.WIDTH
+SPARE = instructions.WIDTH
 GAPS = (1750, 701, 301, 132, 57, 23, 10, 4, 1)  # Ciura 2001, and one more
 
 
@@ -127,8 +128,8 @@ else:
     @jit
     def pack(keys_N, n, bound, place_C, kept_C, most):
         """As above."""
-        m, whole = 0, n - n % compiled.WIDTH
-        for i in range(0, whole, compiled.WIDTH):
+        m, whole = 0, n - n % instructions.WIDTH
+        for i in range(0, whole, instructions.WIDTH):
             m = _pack(keys_N, i, bound, place_C, kept_C, m)
             if m > most:
                 return m

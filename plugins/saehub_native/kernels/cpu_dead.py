@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saehub_native.kernels.rank import LATENTS_A_PIECE, Ranker, pieces
+from saehub_native.kernels.rank import LATENTS_A_PIECE, Ranker
+from saehub_native.kernels.team import pieces
 
 if TYPE_CHECKING:
     from saehub_native.kernels.cpu import CpuKernels, Selection

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from saehub_native.kernels.cpu_arithmetic import LINE, ascending, dot, dots, jit, prefetch
+from saehub_native.kernels.cpu_arithmetic import LINE, dot, dots, jit, prefetch
 
 FLOAT32, BFLOAT16, INT8 = 0, 1, 2
 LANES = 64
@@ -231,6 +231,52 @@ def _keep_best(order_C, last, k, found_C, value_C, count, kept_C, kept_value_C):
 
 
 @jit
+def _decide(x_D, W_enc_FD, b_enc_F, by_size, k, guard, t, m, found_C, score_C, value_C, order_C):
+    """Compute the k best of m candidates, then all down to `guard` root mean square errors below the k-th exact value. Returns how many are computed, first
+    in found_C and value_C, and whether the candidates reach so far down: they are all latents with a score of at least t."""
+    bits_C = score_C.view(np.int32)
+    for c in range(m):
+        order_C[c] = _flipped(bits_C[c])
+    level = _float(_flipped(_threshold(order_C, m, min(k, m), 0)))
+    done, square = 0, np.float32(0)
+    while True:
+        done, square = _computed(x_D, W_enc_FD, b_enc_F, by_size, level, done, m, found_C, score_C, value_C, square)
+        last = _kth_largest(value_C, by_size, done, k, order_C)
+        bar = max(_float(_flipped(last)), np.float32(0))  # what lies below zero is not active, selected or not
+        wanted = bar - guard * np.sqrt(square / np.float32(done))
+        if wanted >= level or not (square < np.inf):
+            return done, True
+        if level == t:
+            return done, False
+        level = max(wanted, t)
+
+
+@jit
+def _winners(by_size, k, done, found_C, value_C, order_C, spare_C):
+    """Winners to the front: all above the k-th, then those equal to it; latents ascend, so that nothing after this depends on the scores.
+
+    A latent's place is the number of smaller ones: many comparisons, but no branch that a processor has to guess."""
+    for c in range(done):
+        order_C[c], spare_C[c] = found_C[c], value_C[c]
+    for c in range(done):
+        place, latent = np.int32(0), order_C[c]
+        for j in range(done):
+            place += np.int32(order_C[j] < latent)
+        found_C[place], value_C[place] = latent, spare_C[c]
+    last = _kth_largest(value_C, by_size, done, k, order_C)
+    return _keep_best(order_C, last, min(k, done), found_C, value_C, done, found_C, value_C)
+
+
+@jit
+def _write(b, taken, k, found_C, value_C, index_BK, value_BK):
+    """A row's selection. A place that is not filled has the value 0 at latent 0."""
+    for j in range(taken):
+        index_BK[b, j], value_BK[b, j] = found_C[j], value_C[j]
+    for j in range(taken, k):
+        index_BK[b, j], value_BK[b, j] = 0, 0
+
+
+@jit
 def _select(
     x_D, W_enc_FD, b_enc_F, kind, by_size, scores32_CF, scores16_CF, row, scale_F, row_scale, k, r, guard, maxima_G, found_C, score_C, value_C, order_C
 ):  # fmt: skip
@@ -245,31 +291,13 @@ def _select(
     need, again, total = min(n, k + r), 0, 0
     while True:
         m, t = _open(kind, by_size, scores32_CF, scores16_CF, row, scale_F, row_scale, b_enc_F, need, maxima_G, found_C, score_C)
-        bits_C = score_C.view(np.int32)
-        for c in range(m):
-            order_C[c] = _flipped(bits_C[c])
-        level = _float(_flipped(_threshold(order_C, m, min(k, m), 0)))
-        done, square, last, enough = 0, np.float32(0), np.int32(0), False
-        while True:
-            done, square = _computed(x_D, W_enc_FD, b_enc_F, by_size, level, done, m, found_C, score_C, value_C, square)
-            last = _kth_largest(value_C, by_size, done, k, order_C)
-            bar = max(_float(_flipped(last)), np.float32(0))  # what lies below zero is not active, selected or not
-            wanted = bar - guard * np.sqrt(square / np.float32(done))
-            if wanted >= level or not (square < np.inf):
-                enough = True
-                break
-            if level == t:
-                break
-            level = max(wanted, t)
+        done, enough = _decide(x_D, W_enc_FD, b_enc_F, by_size, k, guard, t, m, found_C, score_C, value_C, order_C)
         total += done
         if enough or m >= n or need >= n:
             break
         need = min(n, 2 * need)
         again += 1
-    # Winners to the front: all above the k-th, then those equal to it; latents ascend, so that nothing after this depends on the scores.
-    ascending(found_C, value_C, done)
-    last = _kth_largest(value_C, by_size, done, k, order_C)
-    return _keep_best(order_C, last, min(k, done), found_C, value_C, done, found_C, value_C), total, again
+    return _winners(by_size, k, done, found_C, value_C, order_C, score_C), total, again
 
 
 @jit
@@ -287,10 +315,7 @@ def select_rows(
             maxima_G, found_C, score_C, value_C, order_C,
         )  # fmt: skip
         exact_B[b], again_B[b] = m, again
-        for j in range(taken):
-            index_BK[b, j], value_BK[b, j] = found_C[j], value_C[j]
-        for j in range(taken, k):
-            index_BK[b, j], value_BK[b, j] = 0, 0
+        _write(b, taken, k, found_C, value_C, index_BK, value_BK)
 
 
 @jit

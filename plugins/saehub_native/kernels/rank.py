@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from saehub_native.kernels.scanning import Scanner
+from saehub_native.kernels.team import pieces
+
 if TYPE_CHECKING:
     from saehub_native.kernels.team import Team
 
@@ -47,6 +50,9 @@ class Ranker:
         self.smooth_D: Tensor | None = None
         self._of: tuple[int, int, tuple[int, ...]] | None = None
         self._own = threading.local()  # each thread's scores
+        self.changes = 0
+        """How often the copies were made or brought up to date."""
+        self.scanner = Scanner(team) if kind == "int8" else None
         self._low: tuple[Tensor, Tensor, Tensor] | None = None
 
     # ------------------------------------------------------------------ copies of the weights
@@ -65,6 +71,7 @@ class Ranker:
     def kept(self, W_enc_FD: Tensor) -> None:
         """The copies were brought up to date together with the weights."""
         self._of = _mark(W_enc_FD)
+        self.changes += 1
 
     def prepare(self, x_BD: Tensor, W_enc_FD: Tensor) -> None:
         """Make the copies, unless they are those of this tensor as it stands."""
@@ -80,6 +87,7 @@ class Ranker:
             arguments = (W_enc_FD.numpy(), *self.copies())
             self.team.run(*pieces(self.loops.shadow_rows, n, LATENTS_A_PIECE, arguments))
         self._of = _mark(W_enc_FD)
+        self.changes += 1
 
     # ------------------------------------------------------------------ scores
     def rows(self, x_BD: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,8 +163,3 @@ def _mark(W_FD: Tensor) -> tuple[int, int, tuple[int, ...]]:
 
 def _nothing(dtype: torch.dtype) -> Tensor:
     return torch.empty(1, 1, dtype=dtype)
-
-
-def pieces(loop: Any, n: int, size: int, arguments: tuple[Any, ...]) -> tuple[Any, int]:
-    """For `Team.run`: the loop over ranges of `size`."""
-    return lambda i: loop(i * size, min(n, (i + 1) * size), *arguments), -(-n // size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 
@@ -61,3 +62,8 @@ class Team:
 def _one_thread(ready: threading.Barrier) -> None:
     torch.set_num_threads(1)
     ready.wait()
+
+
+def pieces(loop: Any, n: int, size: int, arguments: tuple[Any, ...]) -> tuple[Any, int]:
+    """For `Team.run`: the loop over ranges of `size`."""
+    return lambda i: loop(i * size, min(n, (i + 1) * size), *arguments), -(-n // size)
