@@ -400,6 +400,25 @@ class Measurement:
     parts: Mapping[str, Any] = field(default_factory=dict)
     """Per-sequence numerators and denominators (lists), histograms: for paired comparisons, not for the table."""
 
+    def wrong(self) -> str | None:
+        """Which field is of a wrong type, in words: plain numbers (no tensors, no NumPy scalars), text, tuples of text, a map of parts; else None."""
+        texts = ("metric", "evaluator", "definition", "unit_of_n", "version", "site", "dataset", "dataset_hash", "reason", "note")
+        kinds = {
+            **dict.fromkeys(texts, (str, "text")), **dict.fromkeys(("value", "stderr", "ci_low", "ci_high"), ((int, float), "a number")),
+            **dict.fromkeys(("n", "seed"), ((int, float), "a number")), "parts": (Mapping, "a map"),
+        }  # fmt: skip
+        for name, (kind, words) in kinds.items():
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, kind):
+                return f"its {name} is {value!r:.80}, a {type(value).__name__}; expected {words}"
+        for name in ("subjects", "subject_hashes"):
+            if not isinstance(value := getattr(self, name), tuple) or not all(isinstance(one, str) for one in value):
+                return f"its {name} is {value!r:.80}; expected a tuple of text"
+        for name, words in (("status", ("ok", "failed", "not_measured")), ("better", ("higher", "lower", "none"))):
+            if (value := getattr(self, name)) not in words:
+                return f"its {name} is {value!r:.80}; expected one of {', '.join(words)}"
+        return "its value is None, and its status ok" if self.status == "ok" and self.value is None else None
+
     def to_json(self) -> dict:
         """Plain data; NaN and infinities become None with status `failed`."""
         data = asdict(self)

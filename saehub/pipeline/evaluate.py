@@ -107,6 +107,9 @@ def rows_of(returned: Any, address: str) -> list[Measurement]:
     strange = next((row for row in rows if not isinstance(row, Measurement)), None)
     if strange is not None:
         raise StageFailed(f"evaluate of {address} returned a {type(strange).__name__} among its rows", fix="every row is a saehub.Measurement")
+    for row in rows:
+        if reason := row.wrong():
+            raise StageFailed(f"evaluate of {address} returned a row {row.metric!r:.80} that is no measurement", why=reason, fix="see saehub.Measurement; float(…) makes a number")
     return rows
 
 

@@ -92,12 +92,13 @@ class Events:
 
 
 def read_events(path: Path) -> list[Event]:
-    """The events of a run folder; a last line cut off by a kill is left out."""
+    """The events of a run folder; a line cut off by a kill, or that is no event, is left out."""
     events = []
     for line in Path(path).read_text(encoding="utf-8").splitlines():
         try:
             data = json.loads(line)
         except ValueError:
             continue
-        events.append(Event(data["kind"], data.get("stage"), data.get("data", {}), data.get("t", 0.0)))
+        if isinstance(data, dict) and isinstance(data.get("kind"), str) and isinstance(data.get("data", {}), dict) and isinstance(data.get("t", 0.0), (int, float)):
+            events.append(Event(data["kind"], data.get("stage"), data.get("data", {}), data.get("t", 0.0)))
     return events

@@ -17,6 +17,33 @@ from saehub.report import table
 
 MARKS = ("recipe.lock", "run_card.json", "results.json")
 """A folder with one of these is a run folder."""
+AGAIN = "restore it, or run the recipe again: what is finished takes no time"
+_PROVENANCE = {"site": "", "target_site": "", "data": {"stream_hash": ""}, "trainer": {}}
+CARD: dict[str, Any] = {
+    "model": {"shape": {}}, "data": {"*": {"policy": {}, "tokenizer": {}, "sources": [{}], "rows": 0}}, "extract": {"sites": [""]},
+    "saes": {"*": {"provenance": _PROVENANCE, "params": {}, "config": {}, "d_in": 0, "d_sae": 0, "d_out": 0, "rows": 0, "steps": 0, "batch": 0, "seconds": 0,
+                   "rows_per_second": 0}},
+    "exports": {"*": {}}, "stages": {"*": {}}, "errors": [{}], "warnings": [], "preflight": [{}], "resume_changes": [""], "verdicts": {"*": {}},
+    "environment": {"libraries": {}}, "seconds": 0, "peak_memory": 0,
+}  # fmt: skip
+"""What readers of `run_card.json` rely on: `*` stands for every key, a list's entry for all of its entries, 0 for any number; null goes anywhere."""
+LOCK: dict[str, Any] = {"recipe": {"name": ""}, "stages": {"*": {"key": "", "where": ""}}, "plugins": {"*": {}}, "components": {"*": {}}}
+"""Of `recipe.lock`."""
+
+
+def misshaped(value: Any, like: Any, at: str = "") -> str | None:
+    """Where a JSON document is not of the types of `like` (see `CARD`), in words; None where it is."""
+    kinds = (int, float) if isinstance(like, int) else type(like)
+    if value is None:
+        return None
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        wanted = "a number" if isinstance(like, int) else {dict: "a map", list: "a list", str: "text"}[type(like)]
+        return f"{at.lstrip('.') or 'it'} is {value!r:.80}, expected {wanted}"
+    if isinstance(like, dict):
+        pairs = [(key, value[key], like.get(key, like.get("*"))) for key in value]
+    else:
+        pairs = [(index, item, like[0]) for index, item in enumerate(value)] if isinstance(like, list) and like else []
+    return next((reason for key, item, kind in pairs if kind is not None and (reason := misshaped(item, kind, f"{at}.{key}"))), None)
 
 
 @dataclass(frozen=True)
@@ -30,27 +57,33 @@ class RunFolder:
         """The folder's name."""
         return self.path.name
 
-    def _json(self, name: str) -> dict:
+    def _json(self, name: str, like: dict[str, Any]) -> dict:
         file = self.path / name
         data = read_json(file) if file.is_file() else {}
         if not isinstance(data, dict):
-            raise FormatError(f"{file} is not a JSON object", why=f"it holds a {type(data).__name__}", fix="run the recipe again")
+            raise FormatError(f"{file} is not a JSON object", why=f"it holds a {type(data).__name__}", fix=AGAIN)
+        if reason := misshaped(data, like):
+            raise FormatError(f"{file} was changed or damaged", why=reason, fix=AGAIN)
         return data
 
     @cached_property
     def card(self) -> dict[str, Any]:
         """`run_card.json`: the facts that the pipeline recorded."""
-        return self._json("run_card.json")
+        return self._json("run_card.json", CARD)
 
     @cached_property
     def lock(self) -> dict[str, Any]:
         """`recipe.lock`: keys, versions, hashes."""
-        return self._json("recipe.lock")
+        return self._json("recipe.lock", LOCK)
 
     @cached_property
     def measurements(self) -> list[Measurement]:
         """`results.json`."""
-        return [table.measurement(row) for row in self._json("results.json").get("measurements", [])]
+        rows = [table.measurement(row or {}) for row in self._json("results.json", {"measurements": [{"subjects": [], "subject_hashes": []}]}).get("measurements") or []]
+        for index, row in enumerate(rows):
+            if reason := row.wrong():
+                raise FormatError(f"{self.path / 'results.json'}: measurement {index} ({row.metric!r:.80}) was changed or damaged", why=reason, fix=AGAIN)
+        return rows
 
     @cached_property
     def events(self) -> list:

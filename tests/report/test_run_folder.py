@@ -80,3 +80,48 @@ def test_find(fake_run, tmp_path):
     with pytest.raises(UsageError) as caught:
         find(str(tmp_path), [])
     assert "is a folder, but has no" in caught.value.why
+
+
+DAMAGES = {
+    "run_card.json": [("seconds", [1]), ("model", "x"), ("data", -1), ("exports", [1]), ("errors", [1]), ("saes", {"a": {"provenance": 3}}), ("peak_memory", "x"), ("stages", 1.5)],
+    "results.json": [("measurements", 1.5), ("measurements", [None]), ("measurements", [-1]), ("measurements", [{"subjects": 3}])],
+    "recipe.lock": [("stages", [1]), ("recipe", "x")],
+}
+
+
+@pytest.mark.parametrize(("name", "key", "value"), [(name, *change) for name, changes in DAMAGES.items() for change in changes])
+def test_what_saehub_does_not_write_is_refused_with_its_place(fake_run, tmp_path, name, key, value):
+    file = fake_run.write(tmp_path / "r") / name
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
+    run = RunFolder(tmp_path / "r")
+    with pytest.raises(FormatError, match=name.replace(".", "\\.")) as error:
+        _ = {"run_card.json": lambda: run.card, "results.json": lambda: run.measurements, "recipe.lock": lambda: run.lock}[name]()
+    assert error.value.exit_code == 1 and error.value.fix and (key in str(error.value) or "measurement 0" in str(error.value))
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"value": "0.5"}, "value is '0.5'"), ({"stderr": [1]}, "stderr"), ({"n": "3"}, "n is '3'"), ({"parts": [1]}, "parts"), ({"better": {}}, "better"),
+        ({"status": "fine"}, "status"), ({"subjects": "a"}, "subjects"), ({"subjects": (1,)}, "subjects"), ({"definition": 1}, "definition"), ({"value": None}, "None"),
+    ],
+)  # fmt: skip
+def test_a_measurement_says_what_is_wrong_with_it(fake_run, change, word):
+    from dataclasses import replace
+
+    from saehub.errors import StageFailed
+    from saehub.pipeline.evaluate import rows_of
+
+    row = fake_run.measurement("fvu", "in_sample", 0.5, 0.1)
+    assert row.wrong() is None and rows_of([row], "mine/x") == [row] and word in replace(row, **change).wrong()
+    with pytest.raises(StageFailed, match="mine/x") as error:
+        rows_of([row, replace(row, **change)], "mine/x")
+    assert word in error.value.why
+
+
+def test_lines_that_are_no_events_are_left_out(fake_run, tmp_path):
+    run = fake_run.write(tmp_path / "r")
+    before = RunFolder(run).stages()
+    with (run / "events.jsonl").open("a") as file:
+        file.write('[1]\n{"stage": "x"}\n{"kind": 3}\n{"kind": "progress", "data": 4}\n{"kind": "progress", "t": "x"}\n3\n')
+    assert RunFolder(run).stages() == before and RunFolder(run).status == "finished"
