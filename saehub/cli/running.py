@@ -214,7 +214,9 @@ def line(event: Any, took: str = "") -> str:
     if event.kind == "stage_finished":
         return f"{event.stage}: done" + (f" in {took}" if took else "")
     if event.kind == "stage_failed":
-        what = (event.data.get("error") or {}).get("what", "")
+        error = event.data.get("error") or {}
+        what = (error.get("said") or "").splitlines()[:1] if error.get("what") == f"stage {event.stage} failed" else [error.get("what", "")]
+        what = what[0] if what else ""
         return style(f"{event.stage}: failed", fg="red") + (f": {clean(what)}" if what else "")
     if event.kind == "log":
         return f"{event.stage}: {text}" if event.stage else text

@@ -117,7 +117,7 @@ class EarlyLook:
 
         trainee, plan = self.trainee, self.context.plan
         twin = trainee.open()
-        twin.load_state(*trainee.session.state())
+        twin.load_state(*trainee.state())
         sae = twin.finish().to("cpu").scale_input(trainee.scale_in, trainee.scale_out)
         job, extract = trainee.job, plan.recipe.extract
         sae.provenance.update(site=job.site, target_site=job.target_site)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from saehub.api import Job
 from saehub.errors import SaehubError, StageFailed
@@ -57,13 +58,15 @@ class Progress:
         """Go on from the newest whole state, if there is one."""
         from saehub.pipeline.environment import differences
 
+        if self.session is None:
+            self._returned("open", None, "a session")
         state, skipped = load_state(self.folder)
         for text in skipped:
             self.context.events("warning", self.stage.id, text=f"a saved state is broken and was passed over: {text}")
         cold = self.job.init_from is None
         if state is None:
             if cold:
-                self.start = movement.sketch(self.session.state()[0])
+                self.start = movement.sketch(self.state()[0])
                 movement.write(self.start, self.folder)
             return
         self.start = movement.read(self.folder) if cold else {}
@@ -107,10 +110,39 @@ class Progress:
 
     def look(self) -> dict[str, float]:
         """Metrics of the last step."""
-        return self.session.metrics()
+        found = self.session.metrics()
+        number = lambda value: isinstance(value, float) or isinstance(value, int) and abs(value) < 2**1000  # noqa: E731  (what a float can hold)
+        good = isinstance(found, Mapping) and all(isinstance(name, str) and number(value) for name, value in found.items())
+        return found if good else self._returned("metrics", found, "a map of names to numbers (float(…) makes one of a tensor)")
+
+    def state(self) -> tuple[dict[str, Tensor], dict]:
+        """What the session needs to go on."""
+        from torch import Tensor
+
+        found = self.session.state()
+        good = isinstance(found, tuple) and len(found) == 2 and all(isinstance(part, dict) for part in found)
+        if not good or not all(isinstance(value, Tensor) for value in found[0].values()):
+            self._returned("state", found, "a tuple: a map of tensors, and a map of plain data")
+        return found
+
+    def trained(self) -> Any:
+        """The SAE that the session ends with."""
+        from saehub.checkpoint.sae import SAE
+
+        found, job = self.session.finish(), self.job
+        if not isinstance(found, SAE):
+            self._returned("finish", found, "a saehub.SAE")
+        if (found.config.d_in, found.config.d_out) != (job.d_in, job.d_out):
+            sizes = f"{found.config.d_in} -> {found.config.d_out}"
+            raise StageFailed(f"finish of {self.stage.component} returned an SAE of widths {sizes}", where=self.stage.id, fix=f"this job is {job.d_in} -> {job.d_out}")
+        return found
+
+    def _returned(self, method: str, found: Any, expected: str) -> NoReturn:
+        what = "nothing (None)" if found is None else f"{found!r:.80}, a {type(found).__name__}"
+        raise StageFailed(f"{method} of {self.stage.component} returned {what}", where=self.stage.id, fix=f"it returns {expected}: see saehub.api.TrainerSession")
 
     def save(self) -> None:
         """Write the state between two batches."""
-        tensors, data = self.session.state()
+        tensors, data = self.state()
         self.moved = movement.moved(self.start, movement.sketch(tensors))
         save_state(self.folder, State(self.step, tensors, data, self.carry, self.context.environment))

@@ -221,7 +221,7 @@ def _walk(context: Context) -> list[SaehubError]:
             if isinstance(error, FormatError):  # outside of a run a damaged file is a check that failed
                 error.exit_code = StageFailed.exit_code
             errors.append(error)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a component may call sys.exit
             if os.environ.get("SAEHUB_TRACE") == "1":
                 import traceback
 

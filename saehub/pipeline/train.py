@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -118,24 +119,22 @@ def run_pass(context: Context, stages: list[Stage]) -> None:
     recipe = plan.recipe
     sites = sorted({site for stage in stages for site in (stage.spec["job"].site, stage.spec["job"].target_site) if site})
     with open_stream(context, sites) as stream:
-        trainees = []
+        trainees: list[Trainee] = []
+        errors: list[SaehubError] = []
         for stage in stages:
             context.events("stage_started", stage.id, detail=stage.detail)
-            try:
-                trainees.append(Trainee(context, stage, stream, recipe.extract.normalize))
-            except SaehubError as error:
-                failed(context, stage, error)
-                raise
+            trainee, error = attempt(context, stage, partial(Trainee, context, stage, stream, recipe.extract.normalize))
+            trainees += [trainee] if trainee else []
+            errors += [error] if error else []
         try:
-            elapsed = _pass(context, stream, trainees)
+            elapsed = _pass(context, stream, trainees) if trainees else 0.0
         except Interrupted as error:
             error.where = ", ".join(f"{trainee.job.id} at step {trainee.step:,} of {trainee.job.steps:,}" for trainee in trainees)
             raise
         for trainee in trainees:
             if trainee.error is None:
-                trainee.tell(force=True)
-                finish(context, trainee, stream, elapsed)
-    errors = [trainee.error for trainee in trainees if trainee.error]
+                _, trainee.error = attempt(context, trainee.stage, partial(_end, context, trainee, stream, elapsed))
+    errors += [trainee.error for trainee in trainees if trainee.error]
     if errors:
         raise errors[0]
 
@@ -161,21 +160,15 @@ def _feed(trainee: Trainee, block: Any, context: Context) -> None:
         return
     offset = max(0, trainee.next_row - first)
     wanted = [site for site in (trainee.job.site, trainee.job.target_site) if site]
-    try:
+
+    def work() -> None:
         rows = {site: block.acts[site][offset:] for site in wanted}
         if trainee.early is not None:
             rows = _feed_to_looks(trainee, rows, context)
         trainee.feed(rows, context.stop)
         trainee.save()
-    except SaehubError as error:
-        trainee.error = error
-        failed(context, trainee.stage, error)
-    except Exception as error:
-        from saehub.pipeline.context import stage_error
 
-        trainee.error = stage_error(trainee.stage, error)
-        trainee.error.__cause__ = error
-        failed(context, trainee.stage, trainee.error)
+    _, trainee.error = attempt(context, trainee.stage, work)
 
 
 def _feed_to_looks(trainee: Trainee, rows: dict[str, Tensor], context: Context) -> dict[str, Tensor]:
@@ -192,6 +185,31 @@ def _feed_to_looks(trainee: Trainee, rows: dict[str, Tensor], context: Context) 
     return rows
 
 
+def _end(context: Context, trainee: Trainee, stream: HubStream, elapsed: float) -> None:
+    trainee.tell(force=True)
+    finish(context, trainee, stream, elapsed)
+
+
+def attempt(context: Context, stage: Stage, work: Callable[[], Any]) -> tuple[Any, SaehubError | None]:
+    """What `work` returns, or the error of this stage alone, told to the listeners: the other jobs go on. Not for interruptions and full disks."""
+    from saehub.pipeline.context import stage_error
+    from saehub.pipeline.workspace import disk_error
+
+    try:
+        return work(), None
+    except Interrupted:
+        raise
+    except SaehubError as error:
+        found = error
+    except (Exception, SystemExit) as error:
+        if isinstance(error, OSError) and disk_error(error, context.plan.base):
+            raise
+        found = stage_error(stage, error)
+        found.__cause__ = error
+    failed(context, stage, found)
+    return None, found
+
+
 def failed(context: Context, stage: Stage, error: SaehubError) -> None:
     """Tell the listeners."""
     context.events("stage_failed", stage.id, error=error.to_json())
@@ -205,7 +223,7 @@ def finish(context: Context, trainee: Progress, stream: HubStream, elapsed: floa
     from saehub.checkpoint.probe import make_probe
 
     job, stage, plan = trainee.job, trainee.stage, context.plan
-    sae = trainee.session.finish().to("cpu")
+    sae = trainee.trained().to("cpu")
     sae = sae.scale_input(trainee.scale_in, trainee.scale_out)
     sae.provenance.update(provenance(context, trainee, stream))
     learnt = [*(optional(trainee.session, "cautions") or ()), *still_at_the_start(trainee)]

@@ -64,6 +64,41 @@ def test_second_run_is_cached_and_says_so(toy, tmp_path):
     assert set(first.checkpoints) == {"a", "b"}
 
 
+WRONG = [
+    ("open", lambda *_: None, "open of native/topk returned nothing (None)"),
+    ("state", lambda self: {"a": 1}, "state of native/topk returned {'a': 1}, a dict"),
+    ("step", lambda self, *_: int("x"), "ValueError"),
+    ("step", lambda self, *_: exit(3), "SystemExit: 3"),
+    ("metrics", lambda self: {"loss": torch.ones(1)}, "metrics of native/topk returned {'loss': tensor([1.])}, a dict"),
+    ("metrics", lambda self: {"loss": 10**400}, "metrics of native/topk"),
+    ("finish", lambda self: {}, "finish of native/topk returned {}, a dict"),
+    ("finish", lambda self: saehub.testing.saes.random_sae("topk", d_in=20), "an SAE of widths 20 -> 20"),
+    ("finish", lambda self: int("x"), "ValueError"),
+]
+
+
+@pytest.mark.parametrize(("method", "wrong", "words"), WRONG)
+def test_a_trainer_that_breaks_its_promise_is_named_and_takes_no_other_with_it(toy, tmp_path, monkeypatch, method, wrong, words):
+    """The first of two jobs misbehaves, wherever it can; the other one is trained, and published."""
+    import saehub.testing.saes
+    from saehub_native.train import NativeSession, NativeTrainer
+
+    owner = NativeTrainer if method == "open" else NativeSession
+    right = getattr(owner, method)
+
+    def call(self, *args):
+        job = args[0] if method == "open" else self.job
+        return (wrong if job.id == "a" else right)(self, *args)
+
+    monkeypatch.setattr(owner, method, call)
+    seen = []
+    with pytest.raises(SaehubError) as error:
+        run(planned(toy, tmp_path, lambda text: text.replace("6_000", "1_200")), [seen.append])
+    assert error.value.exit_code == 4 and words in f"{error.value.what} {error.value.said}" and "a" in f"{error.value.where}{error.value.what}"
+    ended = {event.stage: event.kind for event in seen if event.kind in ("stage_failed", "stage_finished") and event.stage.startswith("train/")}
+    assert ended == {"train/a": "stage_failed", "train/b": "stage_finished"}
+
+
 def test_one_knob_reruns_only_what_depends_on_it(toy, tmp_path):
     go(toy, tmp_path)
     _, events = go(toy, tmp_path, lambda text: text.replace("k: 2", "k: 3"))
