@@ -272,6 +272,8 @@ class SAE(nn.Module):
     # ------------------------------------------------------------------ shared
     def _rows(self, x: Tensor, dtype: torch.dtype | None) -> Tensor:
         """[..., d_in] as [n, d_in] in the dtype of the weights, or in `dtype`."""
+        if not isinstance(x, Tensor):
+            raise UsageError(f"the input is a {type(x).__module__}.{type(x).__name__}, not a tensor", fix="torch.as_tensor(x)")
         if x.shape[-1:] != (self.config.d_in,):
             raise UsageError(f"the input has shape {list(x.shape)}", why=f"expected the last dimension to be d_in = {self.config.d_in}")
         return x.reshape(-1, self.config.d_in).to(dtype or getattr(self, "W_enc", self.W_dec).dtype)

@@ -36,13 +36,23 @@ _SOURCE_KEYS = tuple(item.name for item in fields(SourceEntry))
 def overrides_as_text(overrides: Sequence[str] | Mapping[str, Any]) -> list[str]:
     """`{"train.x.with.k": 64}` as `["train.x.with.k=64"]`; a sequence of such texts as it is."""
     if isinstance(overrides, Mapping):
-        from saehub.recipe.plain import dump_inline
-
-        return [f"{key}={dump_inline(value)}" for key, value in overrides.items()]
+        return [f"{key}={_inline(key, value)}" for key, value in overrides.items()]
     if isinstance(overrides, str):
         overrides = [overrides]
     # Bytes of the command line that are no UTF-8 arrive as lone surrogates, which cannot be printed.
     return ["".join("\ufffd" if "\ud800" <= c <= "\udfff" else c for c in str(item)) for item in overrides]
+
+
+def _inline(key: str, value: Any) -> str:
+    from yaml.representer import RepresenterError
+
+    from saehub.recipe.plain import dump_inline
+
+    try:
+        return dump_inline(value)
+    except RepresenterError as error:
+        found = f"{type(value).__module__}.{type(value).__name__}"
+        raise UsageError(f"{key} cannot be set to {value!r:.80}, a {found}", fix="numbers, text, lists and maps; int(…) or float(…) of another library's number") from error
 
 
 def assemble(path: Path, name: str, overrides: Sequence[str], catalog: Catalog | None, text: str | None = None) -> tuple[Node | None, list[Problem], bool]:

@@ -330,3 +330,13 @@ def test_a_wrong_input_names_the_shapes(toy):
         toy("topk").encode(torch.zeros(3, 11))
     with pytest.raises(UsageError, match="d_sae = 40"):
         toy("topk").decode(torch.zeros(3, 41))
+
+
+@pytest.mark.parametrize("rows", [[[1.0] * 32], "x", None])
+def test_rows_that_are_no_tensor_are_named(rows):
+    from saehub.testing.saes import random_sae
+
+    sae = random_sae("topk", d_in=32)
+    for call in (sae, sae.encode, sae.encode_sparse):
+        with pytest.raises(UsageError, match="not a tensor"):
+            call(rows)

@@ -341,3 +341,11 @@ def test_checking_imports_no_torch():
         assert "torch" not in sys.modules, "torch"
     """)
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.quick
+def test_a_value_that_yaml_cannot_say_is_named():
+    import numpy as np
+
+    with pytest.raises(UsageError, match="train.native-k32.with.k cannot be set to .*int64"):
+        check("topk-llama", {"train.native-k32.with.k": np.int64(64)})
