@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
@@ -99,7 +100,10 @@ def farewell(result: RunResult) -> None:
     say(f"report:  {result.run_dir / 'report.html'}")
     for path in result.checkpoints.values():
         say(f"SAE:     saehub.load({str(path)!r})")
-    say(f"look:    saehub runs show {clean(result.run_dir.name)}")
+    from saehub.pipeline.workspace import home
+
+    here = result.run_dir.absolute()
+    say(f"look:    saehub runs show {clean(shlex.quote(here.name if here.parent == (home() / 'runs').absolute() else str(here)))}")
 
 
 def json_line(event: Any) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -167,7 +168,7 @@ def _text(path: Path, field_name: str) -> Iterator[Document]:
                 length += len(line)
     except (UnicodeDecodeError, OSError) as error:
         raise FormatError(
-            f"{path} cannot be read as UTF-8 text", why=str(error), fix=f"convert it, for instance `iconv -t UTF-8 {path.name}`"
+            f"{path} cannot be read as UTF-8 text", why=str(error), fix=f"convert it, for instance: iconv -f LATIN1 -t UTF-8 {shlex.quote(str(path))} > utf8.txt"
         ) from error
     yield Document("".join(lines))
 

@@ -161,3 +161,15 @@ def test_a_terminal_gets_bars_but_not_in_ci(home, monkeypatch):
     monkeypatch.delenv("CI")
     monkeypatch.setenv("TERM", "dumb")
     assert type(running.watcher()).__name__ == "Lines"
+
+
+def test_the_command_that_shows_a_run_finds_it_from_anywhere(home, tmp_path, capsys):
+    import shlex
+
+    from saehub.cli.running import farewell
+    from saehub.pipeline.run import RunResult
+
+    for folder, name in ((home / "runs" / "r", "r"), (tmp_path / "run ü one", str(tmp_path / "run ü one"))):
+        farewell(RunResult(folder, (), {}, 1.0))
+        (look,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("look:")]
+        assert shlex.split(look)[1:] == ["saehub", "runs", "show", name]
