@@ -123,7 +123,7 @@ class NativeSession:
         last = {
             "loss": result.loss,
             "squared_error": result.squared_error,
-            "variance": (y_BD - y_BD.mean(0)).square_().sum(),
+            "variance": torch.sub(y_BD, y_BD.mean(0), out=self.kernels.room("variance", y_BD.shape)).square_().sum(),
             "l0": result.l0,
             "dead": dead_F.float().mean(),
             **result.extra,

@@ -88,6 +88,21 @@ def test_a_selection_over_a_batch_is_the_same_from_a_scan():
             assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
 
 
+@pytest.mark.parametrize("positive", [False, True])
+def test_the_kth_largest_of_rows_of_unequal_length_is_torchs(positive):
+    g = torch.Generator().manual_seed(0)
+    values = torch.randn(700, 50, generator=g)
+    values[::3] = (4 * values[::3]).round() / 4  # ties
+    values[:, 40:] *= 1e-30
+    counts = torch.randint(0, 51, (700,), generator=g, dtype=torch.int32)
+    kept = values[torch.arange(50) < counts[:, None]]
+    kept = kept[kept > 0] if positive else kept
+    for k in (1, 2, 333, kept.numel() - 1, kept.numel(), kept.numel() + 5):
+        wanted = float(torch.kthvalue(kept, max(1, kept.numel() - k + 1)).values)
+        assert CpuKernels("float32")._kth_largest(values.numpy(), counts.numpy(), k, positive) == (wanted, kept.numel())
+    assert CpuKernels("float32")._kth_largest(-values.abs().numpy(), counts.numpy() * 0, 3, positive) == (0.0, 0)
+
+
 def test_products_are_exact():
     from saehub_native.kernels import cpu_scan
 

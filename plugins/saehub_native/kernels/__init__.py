@@ -108,7 +108,7 @@ class Kernels(Protocol):
         self, target_BD: Tensor, values_BK: Tensor, indices_BK: Tensor, W_dec_FD: Tensor, weight: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Of `L = weight · Σ|e|²` with `e = target − x̂`: e (in place of the target), `G = −2 weight e`, `δ_bj = ⟨G_b, W_dec[i_bj]⟩·[v_bj ≠ 0]`,
-        and Σ|e|² (0-dimensional)."""
+        and Σ|e|² (0-dimensional). G and δ may lie where the next call puts its own."""
         ...
 
     def group(self, indices_BK: Tensor, n_latents: int, values_BK: Tensor | None = None) -> Firing:

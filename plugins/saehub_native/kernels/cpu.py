@@ -199,8 +199,8 @@ class CpuKernels(DeadLatents, ReferenceKernels):
         largest exact values are the selection. δ_b = GUARD · ρ · u_b, with u_b = |x_b| + its quantum times √d, and ρ the root mean square of
         (value − score)/u over the scores that reach T."""
         x_BD, n_rows, n_latents = x_BD.contiguous(), x_BD.shape[0], W_enc_FD.shape[0]
-        wanted = k * n_rows
-        if 8 * k >= n_latents or not bool(x_BD.isfinite().all()):
+        wanted, norm_B = k * n_rows, x_BD.norm(dim=1)
+        if 8 * k >= n_latents or not bool(norm_B.isfinite().all()):
             return super().encode_select_batch(x_BD, W_enc_FD, b_enc_F, k)
         x, W, b = x_BD.numpy(), W_enc_FD.numpy(), b_enc_F.numpy()
         row_pieces = lambda loop, *arrays: self.team.run(*pieces(loop, n_rows, ROWS_A_PIECE, arrays))  # noqa: E731
@@ -208,25 +208,24 @@ class CpuKernels(DeadLatents, ReferenceKernels):
             if self._low is None:
                 self._low = self._first_low(x_BD, W_enc_FD, b_enc_F, k)
             low, places = self._low, max(self._places, 4 * k)
-            indices_BM, scores_BM = torch.empty(n_rows, places, dtype=torch.int32), torch.empty(n_rows, places)
             count_B = torch.zeros(n_rows, dtype=torch.int32)
-            index, score, count = indices_BM.numpy(), scores_BM.numpy(), count_B.numpy()
+            (index,) = (t.numpy() for t in self._buffers(torch.int32, batch_index_BM=(n_rows, places)))
+            score, value = (t.numpy() for t in self._buffers(batch_score_BM=(n_rows, places), batch_value_BM=(n_rows, places)))
+            count = count_B.numpy()
             self._collected(x_BD, W_enc_FD, b, low, index, score, count)
             if int(count_B.max()) > places:
                 self._places = min(n_latents, 2 * places)
                 continue
-            there_BM = torch.arange(places) < count_B[:, None]
-            found_N = scores_BM[there_BM]
-            if found_N.numel() < wanted and low > 0:
+            bar, found = self._kth_largest(score, count, wanted, False)
+            if found < wanted and low > 0:
                 self._low = 0.5 * low if low > 1e-6 * float(W_enc_FD.abs().max()) else -abs(low) - 1e-6
                 continue
-            bar = float(torch.kthvalue(found_N, found_N.numel() - wanted + 1).values) if found_N.numel() >= wanted else 0.0
             bar = max(bar, 0.0)
-            values_BM = torch.full_like(scores_BM, -math.inf)
             error_B, exact_B = torch.zeros(n_rows), torch.zeros(n_rows, dtype=torch.int32)
-            unit_B = x_BD.norm(dim=1) + (self.ranker.rows(x_BD)[1] * x_BD.shape[1] ** 0.5 if self.ranker.kind == "int8" else 0.0) + 1e-30
-            both = (values_BM.numpy(), unit_B.numpy(), error_B.numpy(), exact_B.numpy())
-            row_pieces(self.choosing.exact_rows, x, W, b, index, score, count, np.full(n_rows, bar, np.float32), np.float32(math.inf), *both)
+            unit_B = norm_B + (self.ranker.rows(x_BD)[1] * x_BD.shape[1] ** 0.5 if self.ranker.kind == "int8" else 0.0) + 1e-30
+            both = (value, unit_B.numpy(), error_B.numpy(), exact_B.numpy())
+            inputs = (x, W, b, index, score, count)
+            row_pieces(self.choosing.exact_rows, *inputs, np.full(n_rows, bar, np.float32), np.float32(math.inf), True, *both)
             rms = math.sqrt(float(error_B.double().sum()) / max(1, int(exact_B.sum())))
             reach_B = (bar - GUARD * rms * unit_B).float()
             lowest = float(reach_B.min())
@@ -234,17 +233,39 @@ class CpuKernels(DeadLatents, ReferenceKernels):
                 self._low = lowest - 0.5 * (bar - lowest)
                 continue
             self._low = lowest - 0.5 * (bar - lowest)  # where the next batch begins to collect: it changes the time, not the result
-            row_pieces(self.choosing.exact_rows, x, W, b, index, score, count, reach_B.numpy(), np.float32(bar), *both)
+            row_pieces(self.choosing.exact_rows, *inputs, reach_B.numpy(), np.float32(bar), False, *both)
             break
-        exact_N = values_BM[values_BM > 0]
-        cut = float(torch.kthvalue(exact_N, exact_N.numel() - wanted + 1).values) if exact_N.numel() >= wanted else 0.0
-        fullest = max(1, int(((values_BM >= cut) & (values_BM > 0)).sum(1).max()))
+        cut, found = self._kth_largest(value, count, wanted, True)
+        cut = cut if found >= wanted else 0.0
+        fullest = max(1, self.choosing.fullest_row(0, n_rows, np.float32(cut), value, count))
         values_BK, indices_BK = torch.empty(n_rows, fullest), torch.empty(n_rows, fullest, dtype=torch.int64)
-        row_pieces(self.choosing.pack_rows, np.float32(cut), index, values_BM.numpy(), count, indices_BK.numpy(), values_BK.numpy())
+        row_pieces(self.choosing.pack_rows, np.float32(cut), index, value, count, indices_BK.numpy(), values_BK.numpy())
         self.exact_a_row = float(exact_B.sum()) / n_rows
         if self.audit_due():
             self.audit(x_BD, W_enc_FD, b_enc_F, values_BK, indices_BK, k, "batch", cut)
         return values_BK, indices_BK
+
+    def _kth_largest(self, value_BM: Any, count_B: Any, k: int, positive: bool) -> tuple[float, int]:
+        """The k-th largest of the first count_B[b] values of all rows (of those above 0 if `positive`; the smallest where there are fewer), and their number."""
+        n_rows, bins = len(count_B), 1 << self.choosing.BINS
+        prefix, number = 0, 0
+        for shift in (2 * self.choosing.BINS, self.choosing.BINS, 0):
+            histograms = np.zeros((-(-n_rows // (8 * ROWS_A_PIECE)), bins), np.int64)
+            ways = (value_BM, count_B, positive, prefix, shift)
+            self.team.run(
+                lambda p: self.choosing.histogram_rows(8 * ROWS_A_PIECE * p, min(n_rows, 8 * ROWS_A_PIECE * (p + 1)), *ways, histograms[p]),  # noqa: B023
+                len(histograms),
+            )
+            above = histograms.sum(0)[::-1].cumsum()
+            if shift == 2 * self.choosing.BINS:
+                number, k = int(above[-1]), min(k, int(above[-1]))
+                if number == 0:
+                    return 0.0, 0
+            place = int(np.searchsorted(above, k))
+            k -= int(above[place - 1]) if place else 0
+            prefix |= (bins - 1 - place) << shift
+        key = prefix - (1 << 31)
+        return float(np.array(key ^ ((key >> 31) & 0x7FFFFFFF), np.int32).view(np.float32)), number
 
     def _collected(self, x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Any, low: float, index_BM: Any, score_BM: Any, count_B: Any) -> None:
         """What `collect_rows` says, over all rows."""
@@ -291,7 +312,8 @@ class CpuKernels(DeadLatents, ReferenceKernels):
         self, target_BD: Tensor, values_BK: Tensor, indices_BK: Tensor, W_dec_FD: Tensor, weight: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         n_rows = target_BD.shape[0]
-        residual_BD, grad_BD, delta_BK, error_B = target_BD, torch.empty_like(target_BD), torch.empty_like(values_BK), torch.empty(n_rows)
+        residual_BD, error_B = target_BD, torch.empty(n_rows)
+        grad_BD, delta_BK = self._buffers(outer_BD=tuple(target_BD.shape), delta_BK=tuple(values_BK.shape))
         arguments = (target_BD, indices_BK, values_BK, W_dec_FD)
         out = (residual_BD, grad_BD, delta_BK, error_B)
         arrays = (*(t.numpy() for t in arguments), np.float32(weight), *(t.numpy() for t in out))

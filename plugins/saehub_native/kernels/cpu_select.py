@@ -13,6 +13,7 @@ from saehub_native.kernels.cpu_arithmetic import LINE, dot, dots, jit, prefetch
 
 FLOAT32, BFLOAT16, INT8 = 0, 1, 2
 LANES = 64
+BINS = 11  # bits: three rounds make 32
 
 
 @jit
@@ -399,12 +400,15 @@ def _key(value):
 
 
 @jit
-def exact_rows(start, stop, x_BD, W_enc_FD, b_enc_F, index_BM, score_BM, count_B, low_B, high, value_BM, unit_B, error_B, exact_B):
-    """Exact values of the collected latents with low_B[b] ≤ score < high; error_B[b] += Σ ((value − score) / unit_b)², exact_B[b] += how many."""
+def exact_rows(start, stop, x_BD, W_enc_FD, b_enc_F, index_BM, score_BM, count_B, low_B, high, fresh, value_BM, unit_B, error_B, exact_B):
+    """Exact values of the collected latents with low_B[b] ≤ score < high; error_B[b] += Σ ((value − score) / unit_b)², exact_B[b] += how many.
+    `fresh`: the others' values are −∞ from now on."""
     places = index_BM.shape[1]
     place_M, wanted_M, found_M = np.empty(places, np.int64), np.empty(places, np.int64), np.empty(places, np.float32)
     for b in range(start, stop):
         m = 0
+        if fresh:
+            value_BM[b, : count_B[b]] = -np.inf
         for c in range(count_B[b]):
             if score_BM[b, c] >= low_B[b] and score_BM[b, c] < high:
                 place_M[m], wanted_M[m] = c, index_BM[b, c]
@@ -418,6 +422,31 @@ def exact_rows(start, stop, x_BD, W_enc_FD, b_enc_F, index_BM, score_BM, count_B
             total += miss * miss
         error_B[b] += total
         exact_B[b] += m
+
+
+@jit
+def histogram_rows(start, stop, value_BM, count_B, positive, prefix, shift, histogram_N):
+    """Of the first count_B[b] values of each row (those above 0 if `positive`), in the order of unsigned integers: how many have which `BINS` bits from
+    `shift` on, among those whose bits above are those of `prefix`."""
+    bits_BM = value_BM.view(np.int32)
+    above = shift + BINS
+    for b in range(start, stop):
+        for c in range(count_B[b]):
+            key = np.int64(_flipped(bits_BM[b, c])) + (np.int64(1) << 31)
+            if key >> above == prefix >> above and (value_BM[b, c] > 0 or not positive):
+                histogram_N[(key >> shift) & ((1 << BINS) - 1)] += 1
+
+
+@jit
+def fullest_row(start, stop, cut, value_BM, count_B):
+    """The most that a row has of positive values of at least `cut`."""
+    most = 0
+    for b in range(start, stop):
+        m = 0
+        for c in range(count_B[b]):
+            m += np.int64(value_BM[b, c] >= cut and value_BM[b, c] > 0)
+        most = max(most, m)
+    return most
 
 
 @jit
