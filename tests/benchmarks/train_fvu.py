@@ -1,6 +1,6 @@
 """FVU on held-out rows after equal training in, on the fast path and in plain torch, every architecture; their mean difference and its error out.
 
-    python tests/benchmarks/train_fvu.py [--error 0.1] [--seeds 48] [--json]
+    python tests/benchmarks/train_fvu.py [--only gated] [--error 0.1] [--seeds 48] [--json]
 
 One run says little: a rounding that decides one near-tie changes which latents learn, and moves the plain path's own FVU by up to a percent. So each
 seed trains four times, plain and fast, on the rows and on rows whose numbers are moved by up to four units of their last place, each for itself (one
@@ -92,6 +92,7 @@ def compare(name: str, error: float, seeds: int, rows: tuple[Tensor, Tensor, Ten
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", choices=ARCHITECTURES, action="append", help="may be given several times; else all")
     parser.add_argument("--error", type=float, default=0.1, help="percent")
     parser.add_argument("--seeds", type=int, default=48, help="at most")
     parser.add_argument("--json", action="store_true", help="one line of JSON instead of the table")
@@ -100,7 +101,7 @@ def main() -> None:
     rows_ND = torch.cat(rows_like_activations(BATCH, D, STEPS + 16, n_true=512, l0=8))
     rows = rows_ND[: 8 * BATCH], rows_ND[16 * BATCH :], rows_ND[8 * BATCH : 16 * BATCH]
     found = {}
-    for name in ARCHITECTURES:
+    for name in options.only or ARCHITECTURES:
         found[name] = compare(name, options.error / 100, options.seeds, rows)
         print(name, found[name], file=sys.stderr, flush=True)
     from saehub_native.kernels.rank import best_kind
