@@ -35,6 +35,7 @@ def pack_tiles(start, stop, low_FS, tile_TSL):
 
 @jit
 def _beginnings(start, stop, low8_BD, begin_B):
+    """What the sums of `multiply` begin with: −128 Σ x."""
     for b in range(start, stop):
         total = np.int32(0)
         for i in range(low8_BD.shape[1]):
