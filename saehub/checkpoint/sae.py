@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -272,7 +273,8 @@ class SAE(nn.Module):
     # ------------------------------------------------------------------ shared
     def _rows(self, x: Tensor, dtype: torch.dtype | None) -> Tensor:
         """[..., d_in] as [n, d_in] in the dtype of the weights, or in `dtype`."""
-        if not isinstance(x, Tensor):
+        # Not `isinstance(x, Tensor)`: inside a trace of nnsight a proxy stands for a tensor.
+        if x is None or isinstance(x, (list, tuple, dict, str, bytes, int, float, np.ndarray)):
             raise UsageError(f"the input is a {type(x).__module__}.{type(x).__name__}, not a tensor", fix="torch.as_tensor(x)")
         if x.shape[-1:] != (self.config.d_in,):
             raise UsageError(f"the input has shape {list(x.shape)}", why=f"expected the last dimension to be d_in = {self.config.d_in}")

@@ -332,7 +332,7 @@ def test_a_wrong_input_names_the_shapes(toy):
         toy("topk").decode(torch.zeros(3, 41))
 
 
-@pytest.mark.parametrize("rows", [[[1.0] * 32], "x", None])
+@pytest.mark.parametrize("rows", [[[1.0] * 32], "x", None, np.ones((3, 32), np.float32)])
 def test_rows_that_are_no_tensor_are_named(rows):
     from saehub.testing.saes import random_sae
 

@@ -298,7 +298,7 @@ def test_run_ends_with_the_results_on_stdout(saehub, good, tmp_path, fake_pipeli
         "done in 12 s",
         f"report:  {tmp_path / 'r' / 'report.html'}",
         f"SAE:     saehub.load('{tmp_path / 'r' / 'checkpoints' / 'native-k32'}')",
-        "look:    saehub runs show r",
+        f"look:    saehub runs show {tmp_path / 'r'}",
     ]
     assert fake_pipeline.text == GOOD
 
