@@ -88,6 +88,19 @@ def test_a_selection_over_a_batch_is_the_same_from_a_scan():
             assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
 
 
+def test_where_fewer_are_positive_than_wanted_all_positive_values_are_selected():
+    x, W, b = problem(64, 40, 4100)
+    b = torch.full_like(b, -30.0)
+    b[::700] = torch.linspace(20, 40, len(b[::700]))
+    exact = (x.double() @ W.double().T + b.double()).relu()
+    exact[exact < 1e-4] = 0
+    for scans in (True, False):
+        values, indices = kernels(scans).encode_select_batch(x, W, b, 8)
+        found = torch.zeros_like(exact).scatter_add(1, indices, values.double())
+        assert 0 < int((exact > 0).sum()) < 8 * 64
+        assert torch.allclose(found, exact, atol=1e-4)
+
+
 @pytest.mark.parametrize("positive", [False, True])
 def test_the_kth_largest_of_rows_of_unequal_length_is_torchs(positive):
     g = torch.Generator().manual_seed(0)

@@ -89,7 +89,8 @@ class Selection:
         scanner, n = kernels.ranker.scanner, len(W_enc_FD)
         tensors = (self.indices_BK, self.values_BK, self.exact_B, self.again_B)
         kernels.scanning.select_scanned_rows(
-            start, stop, *low, rank(k + kernels.r, scanner.sample(n), n), *scanner.room(stop - start, self.places()), self.rule == "abs", x_BD.numpy(), W_enc_FD.numpy(), b_enc_F.numpy(), k, kernels.r, GUARD, *(t.numpy() for t in tensors),
+            start, stop, *low, rank(k + kernels.r, scanner.sample(n), n), *scanner.room(stop - start, self.places()), self.rule == "abs",
+            x_BD.numpy(), W_enc_FD.numpy(), b_enc_F.numpy(), k, kernels.r, GUARD, *(t.numpy() for t in tensors),
         )  # fmt: skip
 
     def finish(self) -> tuple[Tensor, Tensor]:
@@ -220,7 +221,7 @@ class CpuKernels(DeadLatents, ReferenceKernels):
             if found < wanted and low > 0:
                 self._low = 0.5 * low if low > 1e-6 * float(W_enc_FD.abs().max()) else -abs(low) - 1e-6
                 continue
-            bar = max(bar, 0.0)
+            bar = max(bar, 0.0) if found >= wanted else 0.0
             error_B, exact_B = torch.zeros(n_rows), torch.zeros(n_rows, dtype=torch.int32)
             unit_B = norm_B + (self.ranker.rows(x_BD)[1] * x_BD.shape[1] ** 0.5 if self.ranker.kind == "int8" else 0.0) + 1e-30
             both = (value, unit_B.numpy(), error_B.numpy(), exact_B.numpy())

@@ -74,11 +74,17 @@ class Scanner:
 
     def room(self, n_rows: int, places: int) -> tuple[Any, Any, Any, Any]:
         """This thread's room for bounds, candidates, the bits of their scores, and their numbers."""
-        size, held = (n_rows, apart(places + self.loops.SPARE)), self._own.__dict__
-        if held.get("size") != size:
-            held.update(size=size, latent=np.empty(size, np.int32), bits=np.empty(size, np.int32))
-            held.update(bound=np.empty(n_rows, np.float32), count=np.empty(n_rows, np.int64))
-        return held["bound"], held["latent"], held["bits"], held["count"]
+        width, held = apart(places + self.loops.SPARE), self._own.__dict__
+        for name, kind, size in (
+            ("bound", np.float32, n_rows),
+            ("latent", np.int32, n_rows * width),
+            ("bits", np.int32, n_rows * width),
+            ("count", np.int64, n_rows),
+        ):
+            if name not in held or held[name].size < size:
+                held[name] = np.empty(size, kind)
+        latent_RM, bits_RM = (held[name][: n_rows * width].reshape(n_rows, width) for name in ("latent", "bits"))
+        return held["bound"][:n_rows], latent_RM, bits_RM, held["count"][:n_rows]
 
 
 def rank(need: int, sample: int, n: int) -> int:
